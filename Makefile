@@ -1,0 +1,45 @@
+# Two commands do everything, set-up included: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.solera-ready
+# Test processes; each holds its own torch, so one a core.
+JOBS   ?= 2
+
+.PHONY: setup demo test check bench bench-start clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   the main job, offline, on a laptop      make test   all tests"
+	@echo "make check  lint, types, layers                     make bench  speed and memory, with peers"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("solera needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+# Exit codes 1 and 2 are the gate's FAIL and INCONCLUSIVE: results, not errors.
+demo: setup
+	@$(BIN)/solera demo; code=$$?; [ $$code -le 2 ]
+
+test: setup
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_imports.py
+
+bench: setup
+	$(BIN)/python bench/start.py
+	$(BIN)/python bench/merge.py
+	$(BIN)/python bench/distill.py
+
+clean:
+	rm -rf runs dist build .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,280 @@
+"""Reading a checkpoint: config and headers at once, tensors in ranges when they are asked for, never a whole model.
+
+`open_checkpoint` checks everything that the headers can tell, so that whoever holds a `Checkpoint` can rely on it:
+every listed tensor is there in full, every tensor there is listed, and no byte belongs to two of them.
+"""
+
+import copy
+import json
+import threading
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from solera_core.adapters import Adapter, open_adapter
+from solera_core.architecture import is_embedding, is_head, ties_with_a_stored_head
+from solera_core.context import Context
+from solera_core.digest import checkpoint_digest, json_digest, tensor_digest
+from solera_core.dtypes import FLOATS, to_float32
+from solera_core.errors import CheckpointError
+from solera_core.headers import TensorInfo
+from solera_core.hub import resolve, split_adapter
+from solera_core.shards import find_weights
+from solera_core.sidecars import find_sidecars
+from solera_core.sources import Source, open_source
+
+__all__ = ["Checkpoint", "TensorInfo", "locate", "open_checkpoint", "read_config"]
+
+_COMPARE: Final = 1 << 22  # elements compared at a time
+
+
+class Checkpoint:
+    """One model on disk, opened by `open_checkpoint`. Reading is thread-safe.
+
+    Attributes:
+        ref: the reference as it was written.
+        path: the directory (of the base model, when an adapter is laid over it).
+        revision: the hub commit, where it came from the hub.
+        tensors: what is stored, in order of (file, offset). A head that only repeats tied embeddings is left out.
+        sidecars: tokenizer, chat template, generation config and processor files.
+    """
+
+    def __init__(
+        self,
+        *,
+        ref: str,
+        path: Path,
+        revision: str | None,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, TensorInfo],
+        source: Source,
+        sidecars: list[Path],
+        adapters: tuple[Adapter, ...] = (),
+    ) -> None:
+        self.ref = ref
+        self.path = path
+        self.revision = revision
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
+        self.sidecars = sidecars
+        self._config = dict(config)
+        self._source = source
+        self._adapters = adapters
+        self._digest: str | None = None
+        self._digest_lock = threading.Lock()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json, a deep copy: changing it changes nothing here."""
+        return copy.deepcopy(self._config)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.ref!r}, {len(self.tensors)} tensors)"
+
+    def read_flat(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.float32]:
+        """Elements [start, stop) of a tensor in C order as float32, 1-D, a new array; adapters are added in.
+
+        Raises:
+            CheckpointError: no such tensor, or its dtype is none of F32, F16, BF16, F64.
+        """
+        info, stop = self._range(name, start, stop)
+        if info.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{self.ref}: tensor {name!r} is stored as {info.dtype}, which cannot be computed with "
+                f"(only {', '.join(FLOATS)}); dequantise the model first"
+            )
+        return self._values(len(self._adapters), info, start, stop)
+
+    def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """The stored bytes of elements [start, stop), 1-D, a new array.
+
+        Raises:
+            CheckpointError: no such tensor, or an adapter changes it, so that no stored bytes are its value.
+        """
+        info, stop = self._range(name, start, stop)
+        if self.is_overlaid(name):
+            raise CheckpointError(f"{self.ref}: tensor {name!r} is changed by the adapter; its bytes are not stored")
+        return self._source.read_raw(info, start, stop)
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        """A whole tensor as float32, shaped."""
+        return self.read_flat(name).reshape(self.tensors[name].shape)
+
+    def is_overlaid(self, name: str) -> bool:
+        """Whether an adapter changes this tensor (then `read_raw` is refused)."""
+        return any(name in adapter.names for adapter in self._adapters)
+
+    def digest(self) -> str:
+        """`blake3:...` over config and every tensor, whatever the shards; and over the adapters.
+
+        Taken from solera.json where that is there, about exactly this config and these headers, and no weight file is
+        newer (never for a download); else every byte is read, once.
+        """
+        with self._digest_lock:
+            if self._digest is None:
+                base = _recorded_digest(self) or checkpoint_digest(
+                    self._config, self.tensors.values(), self.tensor_digests()
+                )
+                adapters = [adapter.digest for adapter in self._adapters]
+                self._digest = json_digest({"base": base, "adapters": adapters}) if adapters else base
+            return self._digest
+
+    def tensor_digests(self) -> dict[str, str]:
+        """`blake3:<hex>` of the stored bytes of each tensor, read anew (of the base model, under an adapter)."""
+        return {
+            info.name: tensor_digest(info.size, partial(self._source.read_raw, info)) for info in self.tensors.values()
+        }
+
+    def _range(self, name: str, start: int, stop: int | None) -> tuple[TensorInfo, int]:
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.ref}: has no tensor {name!r}")
+        stop = info.size if stop is None else stop
+        if not 0 <= start <= stop <= info.size:
+            raise ValueError(f"tensor {name}: range [{start}, {stop}) of {info.size} elements")
+        return info, stop
+
+    def _values(self, depth: int, info: TensorInfo, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """The values under the first `depth` adapters."""
+        while depth:
+            depth -= 1
+            adapter = self._adapters[depth]
+            if info.name in adapter.names:
+                return adapter.apply(info, start, stop, partial(self._values, depth, info))
+        return to_float32(self._source.read_raw(info, start, stop), info.dtype)
+
+
+def open_checkpoint(ref: str | Path, ctx: Context) -> Checkpoint:
+    """Open a model for reading: config and headers are read and checked, weights are not.
+
+    Args:
+        ref: a stage name in `ctx.models`, a directory (relative to `ctx.base_dir`), `org/name[@revision]` on the hub,
+            or `<model>+<adapter>` with a peft LoRA directory or hub id.
+        ctx: where names resolve, and whether pickles and remote code are allowed.
+
+    Raises:
+        CheckpointError: not found, not a checkpoint, damaged, pickled or with remote code without permission.
+        HubError: the hub cannot be reached.
+    """
+    if (parts := split_adapter(ref, ctx)) is not None:
+        base = open_checkpoint(parts[0], ctx)
+        adapter = open_adapter(parts[1], base.tensors, ctx)
+        return Checkpoint(
+            ref=str(ref),
+            path=base.path,
+            revision=base.revision,
+            config=base._config,
+            tensors=base.tensors,
+            source=base._source,
+            sidecars=base.sidecars,
+            adapters=(*base._adapters, adapter),
+        )
+    located = resolve(ref, ctx)
+    config = read_config(located.path, trust_remote_code=ctx.trust_remote_code)
+    weights = find_weights(located.path, allow_pickle=ctx.allow_pickle)
+    source = open_source(weights)
+    if not source.tensors:
+        raise CheckpointError(f"{located.path}: holds no tensors")
+    return Checkpoint(
+        ref=str(ref),
+        path=located.path,
+        revision=located.revision,
+        config=config,
+        tensors=_without_tied_head(located.path, config, source),
+        source=source,
+        sidecars=find_sidecars(located.path, code=ctx.trust_remote_code),
+    )
+
+
+def locate(ref: str | Path, ctx: Context) -> Path:
+    """The directory of a model for transformers to load; downloads it when it is on the hub.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`; and a reference with an adapter, which no directory holds.
+    """
+    if split_adapter(ref, ctx) is not None:
+        raise CheckpointError(
+            f"{ref}: a model with an adapter cannot be loaded here; merge it into a directory first "
+            "(solera merge, merge_method: passthrough)"
+        )
+    located = resolve(ref, ctx)
+    read_config(located.path, trust_remote_code=ctx.trust_remote_code)
+    find_weights(located.path, allow_pickle=ctx.allow_pickle)
+    return located.path
+
+
+def read_config(directory: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The content of config.json.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or it asks for Python code of its own without permission.
+    """
+    file = directory / "config.json"
+    if not file.exists():
+        if (directory / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{directory}: is a LoRA adapter, not a model; write <model>+{directory.name}, "
+                "behind the model that it was made for"
+            )
+        raise CheckpointError(f"{directory}: not a checkpoint: it has no config.json")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise CheckpointError(f"{file}: cannot be read as JSON: {e}") from e
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: expected an object, found {type(config).__name__}")
+    if "auto_map" in config and not trust_remote_code:
+        raise CheckpointError(
+            f"{file}: `auto_map` asks to run Python code of this checkpoint ({config['auto_map']!r}); read that code, "
+            "then pass --trust-remote-code, or delete `auto_map` where transformers knows the model type itself"
+        )
+    return config
+
+
+def _without_tied_head(path: Path, config: Mapping[str, Any], source: Source) -> Mapping[str, TensorInfo]:
+    """The tensors less an output head that repeats tied embeddings.
+
+    Many fine-tunes store both although the config ties them. Equal bytes: the head is a copy and is left out, as
+    transformers leaves it out. Unequal ones contradict the flag: which of the two is meant only a person can say
+    (transformers#45127: the flag destroys a merged head).
+    """
+    embeddings = [t for n, t in source.tensors.items() if is_embedding(n)]
+    heads = [t for n, t in source.tensors.items() if is_head(n)]
+    if not embeddings or not heads or not ties_with_a_stored_head(config):
+        return source.tensors
+    head, embedding = heads[0], embeddings[0]
+    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
+        np.array_equal(
+            source.read_raw(head, at, min(at + _COMPARE, head.size)),
+            source.read_raw(embedding, at, min(at + _COMPARE, head.size)),
+        )
+        for at in range(0, head.size, _COMPARE)
+    )
+    if not same:
+        raise CheckpointError(
+            f"{path}: config.json ties the embeddings (tie_word_embeddings, or its default for "
+            f"{config.get('model_type')!r}), yet {head.name!r} {head.shape} differs from "
+            f"{embedding.name!r} {embedding.shape}; set tie_word_embeddings to false if the head is meant, "
+            "or delete the head from the weights"
+        )
+    return {name: info for name, info in source.tensors.items() if name != head.name}
+
+
+def _recorded_digest(checkpoint: Checkpoint) -> str | None:
+    """The digest in solera.json, if it is about exactly this config and these headers and nothing is newer."""
+    if checkpoint.revision is not None:
+        return None  # downloaded: the record is somebody else's claim
+    record = checkpoint.path / "solera.json"
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        written = record.stat().st_mtime_ns
+        if any(file.stat().st_mtime_ns > written for file in {t.file for t in checkpoint.tensors.values()}):
+            return None  # touched since: the record may be about other weights
+        expected = checkpoint_digest(checkpoint._config, checkpoint.tensors.values(), content["tensors"])
+        return expected if content["digest"] == expected else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

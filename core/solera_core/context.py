@@ -1,0 +1,34 @@
+"""What every stage gets besides its own settings: where names resolve, the seed, the permissions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from solera_core.progress import Progress, Silent
+
+__all__ = ["Context"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """The surroundings of one stage run.
+
+    Attributes:
+        seed: root of all randomness of the stage.
+        base_dir: relative paths in a recipe (models and data) resolve against it.
+        models: finished stages by name; a model reference that equals a name means that directory.
+        overwrite: an existing target may be replaced (atomically, at the end).
+        allow_pickle: `.bin` weights may be read, through torch's weights_only loader.
+        trust_remote_code: Python code inside a checkpoint may run. Never a default.
+        threads: worker threads (None: as many as there are cores).
+        progress: where to report.
+    """
+
+    seed: int = 0
+    base_dir: Path = Path()
+    models: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    overwrite: bool = False
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    threads: int | None = None
+    progress: Progress = field(default_factory=Silent)

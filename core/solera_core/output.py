@@ -1,0 +1,140 @@
+"""The last steps that every stage shares when it writes a checkpoint: metadata, checks, provenance."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from solera_core.architecture import (
+    is_embedding,
+    is_head,
+    layer_of,
+    num_layers,
+    text_config,
+    ties_embeddings,
+    ties_with_a_stored_head,
+    vocab_size,
+)
+from solera_core.checkpoint import read_config
+from solera_core.errors import VerificationError
+from solera_core.headers import TensorInfo
+from solera_core.provenance import InputRecord, data_record, input_record, verify, write_provenance
+from solera_core.shards import find_weights, read_headers
+from solera_core.sidecars import copy_sidecars
+
+__all__ = [
+    "InputRecord",
+    "check_output",
+    "data_record",
+    "input_record",
+    "verify",
+    "write_metadata",
+    "write_provenance",
+]
+
+
+def write_metadata(directory: Path, *, config: Mapping[str, Any], sidecars: Iterable[Path]) -> None:
+    """Write config.json (sorted keys, as transformers does) and copy the sidecar files byte for byte."""
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    copy_sidecars(sidecars, directory)
+
+
+def check_output(directory: Path, *, reload: bool = True, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Read back what was written and prove that it is a whole model.
+
+    Headers are read and checked again; the config is compared with the tensors (layers, layer types, vocabulary,
+    tied embeddings); with `reload`, transformers loads the model on the meta device (no weights are read) and must
+    report no missing, unexpected or mismatched tensor.
+
+    Returns:
+        What was checked, for solera.json.
+
+    Raises:
+        VerificationError: naming config key and tensor.
+        CheckpointError: a file is damaged.
+    """
+    config = read_config(directory, trust_remote_code=trust_remote_code)
+    tensors = read_headers(find_weights(directory, allow_pickle=False))
+    checks: dict[str, Any] = {
+        "tensors": len(tensors),
+        "parameters": sum(t.size for t in tensors.values()),
+        "bytes": sum(t.nbytes for t in tensors.values()),
+        "layers": _check_layers(directory, config, tensors),
+        "vocab_size": _check_vocabulary(directory, config, tensors),
+        "tied": _check_tie(directory, config, tensors),
+        "finite": True,  # the writers refuse anything else
+    }
+    if reload:
+        from solera_core.causal_lm import load_report
+
+        report = load_report(directory, trust_remote_code=trust_remote_code)
+        wrong = [
+            f"{kind} {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+            for kind, names in report.items()
+            if names
+        ]
+        if wrong:
+            raise VerificationError(
+                f"{directory}: transformers does not load it exactly: {'; '.join(wrong)}; "
+                f"the tensors do not fit model_type {config.get('model_type')!r}"
+            )
+        checks["transformers"] = dict(sorted(report.items()))
+    return checks
+
+
+def _check_layers(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> int | None:
+    expected = num_layers(config)
+    stacks: dict[str, set[int]] = {}
+    for name in tensors:
+        if (found := layer_of(name)) is not None:
+            stacks.setdefault(found[0], set()).add(found[1])
+    if expected is None:
+        return None
+    # Models with multi-token prediction store those blocks behind the counted layers.
+    extra = text_config(config).get("num_nextn_predict_layers") or 0
+    for stack, indices in stacks.items():
+        present = set(range(expected))
+        if not present <= indices or not indices <= set(range(expected + extra)):
+            wrong = sorted((present - indices) or (indices - present))
+            raise VerificationError(
+                f"{directory}: config.json says num_hidden_layers {expected}, but the weights hold {len(indices)} "
+                f"layers under {stack} (0 to {max(indices)}); "
+                f"{'absent' if present - indices else 'too many'}: {wrong[:8]}"
+            )
+    for key, value in text_config(config).items():
+        if key in ("layer_types", "mlp_layer_types") and isinstance(value, list) and len(value) != expected:
+            raise VerificationError(
+                f"{directory}: config.json says num_hidden_layers {expected}, but {key} has {len(value)} entries"
+            )
+    return expected
+
+
+def _check_vocabulary(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> int | None:
+    expected = vocab_size(config)
+    for name, info in tensors.items():
+        if (is_embedding(name) or is_head(name)) and expected is not None and info.shape and info.shape[0] != expected:
+            raise VerificationError(
+                f"{directory}: config.json says vocab_size {expected}, but tensor {name!r} has shape {info.shape}"
+            )
+    return expected
+
+
+def _check_tie(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bool | None:
+    flag = ties_embeddings(config)
+    heads = [name for name in tensors if is_head(name)]
+    if heads and ties_with_a_stored_head(config):
+        raise VerificationError(
+            f"{directory}: config.json ties the embeddings (tie_word_embeddings, or its default for "
+            f"{config.get('model_type')!r}), yet {heads[0]!r} is stored; "
+            "loading would ignore it: write tie_word_embeddings false, or leave the head out"
+        )
+    causal = any(
+        re.search(r"ForCausalLM|LMHeadModel|ForConditionalGeneration", a) for a in config.get("architectures") or []
+    )
+    if flag is False and causal and not heads and any(is_embedding(name) for name in tensors):
+        raise VerificationError(
+            f"{directory}: config.json says tie_word_embeddings false, yet no output head (lm_head.weight) is stored"
+        )
+    return not heads if flag is None else flag

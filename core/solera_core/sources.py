@@ -1,0 +1,45 @@
+"""Where stored bytes come from: safetensors files, or pickles through torch's restricted loader."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from solera_core.dtypes import ITEM_BYTES
+from solera_core.headers import TensorInfo
+from solera_core.ranges import read_range
+from solera_core.shards import Weights, read_headers
+
+__all__ = ["SafetensorsSource", "Source", "open_source"]
+
+
+class Source(Protocol):
+    """Stored tensors by name, and the bytes of any element range of one of them."""
+
+    tensors: Mapping[str, TensorInfo]
+
+    def read_raw(self, info: TensorInfo, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """The stored bytes of elements [start, stop), a new array. Thread-safe."""
+        ...
+
+
+class SafetensorsSource:
+    """Reads ranges of safetensors files by position."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self.tensors = tensors
+
+    def read_raw(self, info: TensorInfo, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """The stored bytes of elements [start, stop), a new array."""
+        width = ITEM_BYTES[info.dtype]
+        return read_range(info.file, info.begin + start * width, info.begin + stop * width)
+
+
+def open_source(weights: Weights) -> Source:
+    """The tensors of some weight files; headers and index are checked, no weight is read."""
+    if weights.pickled:
+        from solera_core.pickled import PickledSource  # imports torch
+
+        return PickledSource(weights)
+    return SafetensorsSource(read_headers(weights))

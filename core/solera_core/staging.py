@@ -1,0 +1,172 @@
+"""A target directory either does not exist, or is whole.
+
+Every stage writes into a staging directory beside its target and renames it at the end. The staging directory
+is locked while in use (two runs into one target: the second is refused), wiped when a run fails, and, after a kill,
+either wiped or, when its `resume_key` is the same, handed over to the next run.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from solera_core.errors import DiskFullError, ResourceError, TargetError
+
+__all__ = ["check_target", "fsync_tree", "require_disk", "staged"]
+
+RESUME_KEY_FILE = ".resume-key"
+_FULL = {
+    errno.ENOSPC: "the disk filled up while writing",
+    errno.EDQUOT: "the disk quota was used up while writing",
+    errno.EFBIG: "a file grew beyond what is allowed (see `ulimit -f`, or the limits of the file system)",
+}
+_MARKS = ("solera.json", "config.json", "results.json", "run.json")
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse a target that is in the way, before any work.
+
+    Raises:
+        TargetError: it exists and is not empty and `overwrite` is off; or it is no directory; or it is a directory
+            that solera did not make (replacing it could destroy something else).
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise TargetError(f"{target}: exists and is not a plain directory; choose another output path")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise TargetError(f"{target}: exists and is not empty; choose another output path or pass --overwrite")
+    if not any((target / mark).exists() for mark in _MARKS):
+        raise TargetError(
+            f"{target}: holds none of {', '.join(_MARKS)}, so it was not made by solera; "
+            "--overwrite will not replace it"
+        )
+
+
+def require_disk(directory: Path, needed_bytes: int) -> None:
+    """Raise DiskFullError when the file system that will hold `directory` has less than `needed_bytes` free."""
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise DiskFullError(
+            f"{directory}: needs {needed_bytes / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free on {existing}; "
+            "free some space or choose an output path on another disk"
+        )
+
+
+def fsync_tree(root: Path) -> None:
+    """Flush every file and directory under `root` to the disk."""
+    for directory, _, files in os.walk(root):
+        for name in files:
+            _fsync(Path(directory) / name)
+        _fsync(Path(directory))
+
+
+@contextmanager
+def staged(target: Path, *, overwrite: bool = False, resume_key: str | None = None) -> Iterator[Path]:
+    """Yield a staging directory beside `target`; on a clean exit it becomes `target`, else it is removed.
+
+    With `resume_key`, a staging directory left by a killed or interrupted run that had the same key is handed over
+    with its contents (the caller must verify them); one with another key is wiped. A run that ends in an ordinary
+    error is wiped too, so bad input leaves nothing behind; KeyboardInterrupt and kills leave a resumable staging.
+
+    Raises:
+        TargetError: the target is in the way, or another run is writing to it.
+        DiskFullError: the disk, the quota or the file size limit was exceeded while the body or the final flush wrote.
+    """
+    check_target(target, overwrite=overwrite)
+    made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock_file = target.parent / f".{target.name}.solera-lock"
+        lock = _lock(lock_file, target)
+    except OSError as e:
+        raise TargetError(f"{target}: cannot be written: {e.strerror}") from e
+    staging = target.parent / f".{target.name}.solera-staging"
+    try:
+        key_file = staging / RESUME_KEY_FILE
+        if staging.exists() and not (resume_key and key_file.exists() and key_file.read_text() == resume_key):
+            shutil.rmtree(staging)
+        keep = False
+        try:
+            staging.mkdir(exist_ok=True)
+            if resume_key:
+                key_file.write_text(resume_key)
+            yield staging
+            key_file.unlink(missing_ok=True)
+            fsync_tree(staging)
+            _become(staging, target, overwrite=overwrite)
+        except KeyboardInterrupt:
+            keep = resume_key is not None
+            raise
+        except OSError as e:
+            if (reason := _FULL.get(e.errno or 0)) is not None:
+                raise DiskFullError(f"{target}: {reason}; nothing was left behind. Make room and run again") from e
+            raise
+        finally:
+            if staging.exists() and not keep:
+                shutil.rmtree(staging, ignore_errors=True)
+    finally:
+        # Unlinked while held: whoever waits on this inode finds out in _lock that it is no longer the one on disk.
+        lock_file.unlink(missing_ok=True)
+        os.close(lock)
+        for folder in made:  # a failed run leaves no empty parents behind either
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _lock(lock_file: Path, target: Path) -> int:
+    """The descriptor of the lock file, held exclusively."""
+    while True:
+        lock = os.open(lock_file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between open and flock a finishing run may have unlinked the file: that lock guards nothing any more.
+            with contextlib.suppress(FileNotFoundError):
+                if lock_file.stat().st_ino == os.fstat(lock).st_ino:
+                    return lock
+        except BlockingIOError as e:
+            os.close(lock)
+            raise TargetError(f"{target}: another run is writing to it; wait for it or choose another output") from e
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _become(staging: Path, target: Path, *, overwrite: bool) -> None:
+    check_target(target, overwrite=overwrite)  # it may have appeared meanwhile
+    if target.exists() and any(target.iterdir()):
+        _exchange(staging, target)  # the old output now stands in staging, and is removed by the caller
+        shutil.rmtree(staging)
+    else:
+        if target.exists():
+            target.rmdir()
+        staging.rename(target)
+    _fsync(target.parent)
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two directories in one step (Linux renameat2), so that no moment is without a whole target."""
+    at_fdcwd, rename_exchange = -100, 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise ResourceError(f"{b}: this system cannot replace a directory atomically; remove it yourself first")
+    if libc.renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) != 0:
+        code = ctypes.get_errno()
+        raise ResourceError(f"{b}: cannot be replaced atomically: {os.strerror(code)}; remove it yourself first")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,131 @@
+"""The door: YAML in, validated plain values out, unknown keys refused with a suggestion.
+
+Nothing behind this file reads raw YAML or guesses at keys.
+"""
+
+import difflib
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from solera_core.errors import ConfigError
+
+__all__ = ["Strict", "did_you_mean", "load_yaml", "parse"]
+
+
+class Strict(BaseModel):
+    """Base of every recipe model: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'density'?)` where a known word is near, else the list of known words."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if near:
+        return f" (did you mean {near[0]!r}?)"
+    return f" (known: {', '.join(choices)})" if choices else ""
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # `<<: *anchor`: what it brings may be overridden, that is its use
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise ConfigError(
+                        f"{node.start_mark.name}:{key_node.start_mark.line + 1}: key {key!r} is given twice"
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: Path) -> Any:
+    """Read one YAML (or JSON) document. Raises ConfigError naming file and line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as e:
+        raise ConfigError(f"{path}: no such file") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read as text: {e}") from e
+    loader = _UniqueKeyLoader(text)
+    loader.name = str(path)
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path}: not valid YAML: {e}") from e
+    finally:
+        loader.dispose()
+
+
+def parse(model: type[ModelT], data: Any, *, where: str) -> ModelT:
+    """Validate `data` as `model`; every problem is listed, each with its key path.
+
+    Raises:
+        ConfigError: with one line a problem, `where: key.path: what (did you mean ...)`.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: expected a mapping of keys, found {type(data).__name__}")
+    try:
+        return model.model_validate(data)
+    except ValidationError as e:
+        lines: list[str] = []
+        for error in e.errors():
+            location = ".".join(str(part) for part in error["loc"])
+            if error["type"] == "extra_forbidden":
+                owner = _model_at(model, error["loc"][:-1])
+                known = _keys(owner) if owner is not None else ()
+                lines.append(f"{location}: unknown key{did_you_mean(str(error['loc'][-1]), known)}")
+            elif error["type"] == "value_error":
+                lines.append(f"{location + ': ' if location else ''}{error.get('ctx', {}).get('error', error['msg'])}")
+            else:
+                given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
+                lines.append(f"{location}: {error['msg'].lower()}{given}")
+        raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from e
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """The model class that owns the key at `location`, as far as annotations tell."""
+    owners = [model]  # more than one inside a union, until its tag is seen
+    for part in location:
+        if isinstance(part, int):
+            continue  # a list index
+        found = [
+            inner
+            for owner in owners
+            for name, field in owner.model_fields.items()
+            if part in (name, field.alias)
+            for inner in _models_in(field.annotation)
+        ]
+        owners = found or [owner for owner in owners if _is_tagged(owner, part)] or owners
+    return owners[0] if owners else None
+
+
+def _is_tagged(model: type[BaseModel], tag: str) -> bool:
+    """Whether a field of `model` can only be `tag`, as the discriminator of a union."""
+    return any(getattr(field.annotation, "__args__", None) == (tag,) for field in model.model_fields.values())
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    found: list[type[BaseModel]] = []
+    for argument in getattr(annotation, "__args__", ()):
+        found += _models_in(argument)
+    return found

@@ -1,0 +1,235 @@
+"""The training loop: one optimizer step after the other, thin, on accelerate.
+
+What it promises, and tests prove:
+- The gradient of a step is that of the mean over all learned tokens of the step, however they are divided over
+  micro-batches and processes.
+- A killed run, started again, ends with the same bytes as one that was not disturbed.
+- Nothing is silent: a loss or gradient that is not finite ends the run, naming step and rate.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from solera_core.errors import ConfigError
+from solera_core.progress import Progress
+from solera_distill.batches import Corpus, MicroBatch, Order, micro_batches
+from solera_distill.heldout import HeldOut, measure
+from solera_distill.objective import StudentWithObjective, half, hidden_states, output_matrix
+from solera_distill.schedule import Schedule, rate
+from solera_distill.state import Position, State, StateFolder, optimizer_moments, restore
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Settings", "deterministic", "train"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Plain values of one run; the recipe's keys of the same names say what they mean."""
+
+    seed: int
+    tokens: int
+    tokens_per_step: int
+    micro_batch_tokens: int
+    lr: float
+    schedule: Schedule
+    warmup: float
+    final_lr: float
+    betas: tuple[float, float]
+    clip: float
+    save_every: int
+    bfloat16: bool
+
+
+@contextlib.contextmanager
+def deterministic(threads: int | None) -> Iterator[None]:
+    """Deterministic kernels, `threads` threads, and the caller's random state as it was, for the time of a run."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to repeat a matrix product exactly
+    kernels, count = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor twice
+    torch.set_num_threads(threads or count)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(kernels)
+        memory.fill_uninitialized_memory = fill
+        torch.set_num_threads(count)
+
+
+def train(
+    student: StudentWithObjective,
+    groups: list[dict[str, Any]],
+    corpus: Corpus,
+    settings: Settings,
+    *,
+    teachers: Sequence[Any] = (),
+    heldout: HeldOut | None = None,
+    states: StateFolder | None = None,
+    progress: Progress,
+    accelerator: "Accelerator | None" = None,
+    after_step: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Train `student` in place; returns the rows of training.jsonl.
+
+    Args:
+        student: model and objective; parameters that require no gradient stay as they are.
+        groups: optimizer groups with `share`, the multiplier of the rate.
+        corpus: the text; the route of a piece is the index of its teacher.
+        settings: everything else.
+        teachers: frozen models; needed when the objective has a divergence.
+        heldout: measured before, at every `save_every` tokens and after.
+        states: where to keep the state of the run; a state found there is resumed.
+        progress: where to report.
+        accelerator: default: one made here, from the environment that `accelerate launch` sets.
+        after_step: called with the step's number when its state, if one was due, is on the disk.
+
+    Raises:
+        ConfigError: the training diverged.
+    """
+    if accelerator is None:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator()
+    device = accelerator.device
+    model = student.model
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(groups, betas=settings.betas, fused=device.type in ("cpu", "cuda"))
+    prepared, prepared_optimizer = accelerator.prepare(student, optimizer)
+    for teacher in {id(t): t for t in teachers}.values():
+        teacher.to(device)
+    position = Position()
+    if states is not None and (state := states.load()) is not None:
+        restore(state, parameters, optimizer)
+        position = state.position
+        progress.note(f"resumed at {position.tokens} of {settings.tokens} tokens")
+    names = {id(p): n for n, p in parameters.items()}
+    order = Order(corpus, settings.seed)
+    limit = min(settings.micro_batch_tokens, math.ceil(settings.tokens_per_step / accelerator.num_processes))
+
+    def look_at_heldout() -> None:
+        if heldout is not None:
+            row = measure(model, heldout, limit=limit, bfloat16=settings.bfloat16, device=device)
+            position.log.append({"step": position.step, "tokens": position.tokens, "heldout": row})
+
+    with progress.task("training", settings.tokens, "tokens") as task:
+        task.advance(min(position.tokens, settings.tokens))
+        if position.step == 0 and not position.log:
+            look_at_heldout()
+        prepared.train()
+        while position.tokens < settings.tokens:
+            asked = min(settings.tokens_per_step, settings.tokens - position.tokens)
+            pieces, cursor = order.take(position.cursor, asked)
+            tokens = sum(p.tokens for p in pieces)
+            share = rate(
+                min(1.0, (position.tokens + tokens) / settings.tokens),
+                schedule=settings.schedule,
+                warmup=settings.warmup,
+                final=settings.final_lr,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * share * group["share"]
+            batches = micro_batches(pieces, limit)
+            learned = sum(len(b.targets) for b in batches)
+            sums = gradient(
+                prepared, student, batches, learned, accelerator, teachers, key=f"{settings.seed}/{position.step}"
+            )
+            kl, ce = (sums / learned).tolist()
+            loss = student.kl * kl + student.ce * ce
+            clipped: Any = accelerator.clip_grad_norm_(list(parameters.values()), settings.clip)
+            norm = float(clipped)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise ConfigError(
+                    f"step {position.step + 1}, learning rate {settings.lr * share:.3g}: the loss is {loss:.6g}, "
+                    f"the norm of its gradient {norm:.6g}: the training diverged; lower `lr`, or look for "
+                    "damaged weights"
+                )
+            prepared_optimizer.step()
+            prepared_optimizer.zero_grad()
+            due = position.tokens // settings.save_every < (position.tokens + tokens) // settings.save_every
+            position.step += 1
+            position.tokens += tokens
+            position.cursor = cursor
+            row: dict[str, Any] = {
+                "step": position.step,
+                "tokens": position.tokens,
+                "loss": loss,
+                "lr": settings.lr * share,
+                "gradient_norm": norm,
+            }
+            position.log.append(row | ({"kl": kl, "ce": ce} if student.kl and student.ce else {}))
+            task.advance(tokens, f"loss {loss:.3f}")
+            done = position.tokens >= settings.tokens
+            if due or done:
+                look_at_heldout()
+            if states is not None and due and not done and accelerator.is_main_process:
+                states.save(State(position, dict(parameters), optimizer_moments(optimizer, names)))
+            if after_step is not None:
+                after_step(position.step)
+    model.eval()
+    return position.log
+
+
+def gradient(
+    prepared: Any,
+    student: StudentWithObjective,
+    batches: Sequence[MicroBatch],
+    learned: int,
+    accelerator: "Accelerator",
+    teachers: Sequence[Any],
+    *,
+    key: str,
+) -> Tensor:
+    """Leave the gradient of the mean loss over `learned` tokens in the parameters; returns the sums of KL and CE.
+
+    Micro-batches go to the processes in turn. Every process runs equally many, because FSDP gathers weights in each
+    forward: who has one too few runs its last again with weight 0. DDP averages gradients, so losses are multiplied by
+    the number of processes; it synchronises once, in the last backward.
+    """
+    device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+    rounds = math.ceil(len(batches) / world)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for turn in range(rounds):
+        number = turn * world + rank
+        batch = batches[min(number, len(batches) - 1)]
+        weight = 1.0 if number < len(batches) else 0.0
+        inputs = torch.from_numpy(batch.inputs).to(device)
+        positions = torch.from_numpy(batch.positions).to(device)
+        teacher_hidden = teacher_head = None
+        if student.kl:
+            teacher = teachers[batch.route]
+            with torch.no_grad(), half(device, student.autocast):
+                hidden_BTE = hidden_states(teacher, inputs)
+            teacher_hidden = hidden_BTE.reshape(-1, hidden_BTE.shape[-1])
+            if len(batch.positions) != teacher_hidden.shape[0]:
+                teacher_hidden = teacher_hidden.index_select(0, positions)
+            teacher_head = output_matrix(teacher)
+        torch.manual_seed(_seed(f"{key}/{number}"))  # dropout, where a model has it
+        with accelerator.no_sync(prepared) if turn < rounds - 1 else contextlib.nullcontext():
+            loss, parts = prepared(
+                inputs,
+                positions,
+                torch.from_numpy(batch.targets).to(device),
+                weight * world / learned,
+                teacher_hidden,
+                teacher_head,
+            )
+            accelerator.backward(loss)
+        sums += weight * parts
+    return accelerator.reduce(sums, reduction="sum")  # type: ignore[no-any-return]
+
+
+def _seed(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"dropout/{key}".encode()).digest()[:8], "little") >> 1

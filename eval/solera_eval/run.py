@@ -1,0 +1,288 @@
+"""The evaluation stage: models and suites in, a directory of evidence (and a verdict) out."""
+
+import contextlib
+import importlib.metadata
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from solera_core.checkpoint import Checkpoint, locate, open_checkpoint
+from solera_core.context import Context
+from solera_core.errors import CheckpointError, DataError
+from solera_core.plan import Plan
+from solera_core.staging import check_target, staged
+from solera_eval.config import ChoiceTask, EvalConfig, GenerateTask, TextTask
+from solera_eval.gate import check_policy, compare
+from solera_eval.records import METRIC_OF, ItemRecord, Results, TaskResult, summarise, write_results
+from solera_eval.suite import ChoiceItem, GenerateItem, LoadedTask, Suite, TextItem, load_suites
+
+if TYPE_CHECKING:
+    from solera_eval.score import ChoiceScore
+
+__all__ = ["evaluate", "plan_evaluate"]
+
+_ITEM_BYTES = 200  # of one line of items.jsonl, roughly
+_DOCUMENT_BYTES = 4096  # of the other files
+_ACTIVATIONS_BYTES = 1 << 26
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_VERSIONS = ("torch", "transformers", "tokenizers")
+
+
+def plan_evaluate(config: EvalConfig, ctx: Context) -> Plan:
+    """What `evaluate` will read, score and write. Reads the data and the models' headers, no weights.
+
+    Raises:
+        InputError: whatever `evaluate` would refuse before it loads a model.
+    """
+    suite, models = _prepare(config, ctx)
+    items = sum(len(task.items) for task in suite.tasks)
+    sizes = {name: sum(info.nbytes for info in model.tensors.values()) for name, model in models.items()}
+    elements = max(sum(info.size for info in model.tensors.values()) for model in models.values())
+    folders = [""] if config.model is not None else [f"{name}/" for name in models]
+    sizes_of = {"results.json": _DOCUMENT_BYTES, "items.jsonl": items * _ITEM_BYTES}
+    writes = [{"what": f"{folder}{file}", "bytes": size} for folder in folders for file, size in sizes_of.items()]
+    writes += [{"what": name, "bytes": _DOCUMENT_BYTES} for name in _tops(config)]
+    return Plan(
+        stage="eval",
+        reads=[{"what": model.ref, "path": str(model.path), "bytes": sizes[name]} for name, model in models.items()],
+        writes=writes,
+        memory_bytes=elements * _DTYPE_BYTES[config.dtype] + _ACTIVATIONS_BYTES,
+        disk_bytes=len(folders) * sum(sizes_of.values()) + len(_tops(config)) * _DOCUMENT_BYTES,
+        parameters=config.model_dump(mode="json"),
+        rows=[
+            {
+                "task": task.name,
+                "kind": task.config.kind,
+                "domain": task.config.domain or "",
+                "items": len(task.items),
+                "metric": METRIC_OF[task.config.kind],
+            }
+            for task in suite.tasks
+        ],
+        warnings=_warnings(config, suite),
+    )
+
+
+def evaluate(config: EvalConfig, out: Path, ctx: Context) -> Path:
+    """Score every model on every task and write the evidence; with a gate, the verdict too.
+
+    A single `model` gives out/results.json and out/items.jsonl; `models` give out/<name>/ of the same. out/run.json
+    says what was run, out/verdict.json is the gate's answer. Models are loaded one after the other.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: a model, a tokenizer, data, a policy or the target are not what they should be. Everything that can
+            be checked without weights is checked before the first model is loaded.
+    """
+    check_target(out, overwrite=ctx.overwrite)
+    suite, models = _prepare(config, ctx)
+    tokenizers = {name: _tokenizer(model.path, ctx) for name, model in models.items()}
+    with staged(out, overwrite=ctx.overwrite) as staging, _threads(ctx.threads):
+        results: dict[str, Results] = {}
+        for name, model in models.items():
+            results[name] = _evaluate_one(name, model, tokenizers[name], suite, config, ctx)
+            directory = staging if config.model is not None else staging / name
+            directory.mkdir(exist_ok=True)
+            write_results(directory, results[name])
+        outcome = None
+        if config.gate is not None:
+            baseline, candidate = (_named(config, role) for role in (config.gate.baseline, config.gate.candidate))
+            verdict = compare(results[baseline], results[candidate], config.gate)
+            outcome = verdict.verdict
+            _write_json(staging / "verdict.json", verdict.to_json())
+        _write_json(
+            staging / "run.json",
+            {
+                "schema": 1,
+                "kind": "eval",
+                "models": {
+                    name: {"directory": "." if config.model is not None else name, **result.model}
+                    for name, result in results.items()
+                },
+                "suite": {"name": suite.name, "digest": suite.digest},
+                "config": config.model_dump(mode="json"),
+                "verdict": outcome,
+            },
+        )
+    return out
+
+
+def _prepare(config: EvalConfig, ctx: Context) -> tuple[Suite, dict[str, Checkpoint]]:
+    suite = load_suites(config.suites, base_dir=ctx.base_dir)
+    if config.gate is not None:
+        check_policy(config.gate, {task.name: METRIC_OF[task.config.kind] for task in suite.tasks})
+    refs = config.named_models()
+    for ref in refs.values():
+        locate(ref, ctx)  # refuses what transformers could not load from a directory: a model with an adapter
+    return suite, {name: open_checkpoint(ref, ctx) for name, ref in refs.items()}
+
+
+def _tokenizer(path: Path, ctx: Context) -> Any:
+    from solera_core.causal_lm import load_tokenizer
+
+    tokenizer: Any = load_tokenizer(path, trust_remote_code=ctx.trust_remote_code)
+    tokenizer.model_max_length = sys.maxsize  # long texts are cut into windows here: its warning would mislead
+    return tokenizer
+
+
+def _tops(config: EvalConfig) -> list[str]:
+    """Files at the top of the output, beside the results."""
+    return ["run.json"] if config.gate is None else ["run.json", "verdict.json"]
+
+
+def _named(config: EvalConfig, role: str | None) -> str:
+    name = None if role is None else config.resolve(role)
+    assert name is not None  # EvalConfig has checked it
+    return name
+
+
+def _warnings(config: EvalConfig, suite: Suite) -> list[str]:
+    if config.gate is None:
+        return []
+    return [
+        f"task {task.name!r} has {len(task.items)} items, fewer than the gate's minimum_items: "
+        f"{config.gate.minimum_items}; its verdict will be INCONCLUSIVE"
+        for task in suite.tasks
+        if len(task.items) < config.gate.minimum_items
+    ]
+
+
+# one model -----------------------------------------------------------------------------------------------------------
+
+
+def _evaluate_one(
+    name: str, checkpoint: Checkpoint, tokenizer: Any, suite: Suite, config: EvalConfig, ctx: Context
+) -> Results:
+    from solera_core.causal_lm import load_model
+    from solera_core.inspect import parameter_count
+    from solera_eval.tokens import describe_prefix
+
+    count = parameter_count(checkpoint)
+    model = load_model(
+        checkpoint.path, dtype=config.dtype, trust_remote_code=ctx.trust_remote_code, allow_pickle=ctx.allow_pickle
+    )
+    tasks: list[TaskResult] = []
+    items: list[ItemRecord] = []
+    for task in suite.tasks:
+        try:
+            with ctx.progress.task(f"{name}: {task.name}", total=len(task.items), unit="items") as progress:
+                records, extra = _score(model, tokenizer, task, config.batch_tokens, progress.advance)
+        except (DataError, CheckpointError) as e:
+            raise type(e)(f"model {name!r}, task {task.name!r}: {e}") from e
+        tasks.append(summarise(task.name, task.config.kind, task.config.domain, records, extra))
+        items += records
+    return Results(
+        model={
+            "name": name,
+            "ref": checkpoint.ref,
+            "revision": checkpoint.revision,
+            "digest": checkpoint.digest(),
+            "parameters": {"total": count.total, "active": count.active, "bytes": count.bytes},
+        },
+        suite={"name": suite.name, "digest": suite.digest},
+        tasks=tasks,
+        items=items,
+        settings={
+            "batch_tokens": config.batch_tokens,
+            "dtype": config.dtype,
+            "tokenizer": describe_prefix(tokenizer),
+            "versions": {package: importlib.metadata.version(package) for package in _VERSIONS},
+        },
+        where=name,
+    )
+
+
+def _score(
+    model: Any, tokenizer: Any, task: LoadedTask, batch_tokens: int, advance: Any
+) -> tuple[list[ItemRecord], dict[str, Any]]:
+    """The records of one task, and what is worth knowing about how they were made."""
+    from solera_eval.generate import generate
+    from solera_eval.score import context_tokens, score_choices, score_text
+
+    settings = task.config
+    if isinstance(settings, TextTask):
+        texts = [item for item in task.items if isinstance(item, TextItem)]
+        window = min(settings.window_tokens, context_tokens(model) or settings.window_tokens)
+        scores = score_text(model, tokenizer, texts, window_tokens=window, batch_tokens=batch_tokens, advance=advance)
+        records = [
+            ItemRecord(
+                task.name,
+                item.id,
+                task.domain(item),
+                score.nll / score.tokens,
+                {"nll": score.nll, "tokens": score.tokens, "bytes": score.bytes},
+            )
+            for item, score in zip(texts, scores, strict=True)
+        ]
+        return records, {"chance": model.config.get_text_config().vocab_size, "window_tokens": window}
+    if isinstance(settings, ChoiceTask):
+        questions = [item for item in task.items if isinstance(item, ChoiceItem)]
+        found = score_choices(model, tokenizer, questions, batch_tokens=batch_tokens, advance=advance)
+        records = [_choice_record(task, settings, item, score) for item, score in zip(questions, found, strict=True)]
+        chance = sum(1 / len(item.choices) for item in questions) / len(questions)
+        return records, {"chance": chance, "normalise": settings.normalise}
+    prompts = [item for item in task.items if isinstance(item, GenerateItem)]
+    outputs = generate(
+        model,
+        tokenizer,
+        [item.prompt for item in prompts],
+        max_new_tokens=settings.max_new_tokens,
+        stop=settings.stop,
+        batch_tokens=batch_tokens,
+        advance=advance,
+    )
+    records = [_answer_record(task, settings, item, output) for item, output in zip(prompts, outputs, strict=True)]
+    return records, {"chance": 0.0, "max_new_tokens": settings.max_new_tokens}
+
+
+def _choice_record(task: LoadedTask, settings: ChoiceTask, item: ChoiceItem, score: "ChoiceScore") -> ItemRecord:
+    sizes: Mapping[str, Sequence[int]] = {
+        "none": [1] * len(item.choices),
+        "bytes": [len(choice.encode()) for choice in item.choices],
+        "tokens": score.tokens,
+    }
+    values = [ll / size for ll, size in zip(score.log_likelihoods, sizes[settings.normalise], strict=True)]
+    prediction = max(range(len(values)), key=lambda c: (values[c], -c))  # the first of equals
+    correct = int(prediction == item.answer)
+    detail = {"correct": correct, "prediction": prediction, "logliks": list(score.log_likelihoods)}
+    return ItemRecord(task.name, item.id, task.domain(item), float(correct), detail)
+
+
+def _answer_record(task: LoadedTask, settings: GenerateTask, item: GenerateItem, output: str) -> ItemRecord:
+    answer = extract(output, settings.extract)
+    correct = int(answer is not None and answer.strip() in {accepted.strip() for accepted in item.answers})
+    detail: dict[str, Any] = {"correct": correct, "output": output}
+    if settings.extract is not None:
+        detail["extracted"] = answer
+    return ItemRecord(task.name, item.id, task.domain(item), float(correct), detail)
+
+
+def extract(output: str, pattern: str | None) -> str | None:
+    """The part of the output that counts: all of it, or the pattern's first match (its first group, if it has one)."""
+    if pattern is None:
+        return output
+    match = re.search(pattern, output)
+    if match is None:
+        return None
+    return match.group(1) if match.re.groups else match.group(0)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,66 @@
+"""What a formula sees: float32 blocks of one tensor, without files, number formats or devices.
+
+A method is a function of the whole tensor that returns a formula of a block. It first gathers the quantities that
+concern the whole tensor (a norm, a threshold) in one or more passes over `Tensor.blocks()`; the formula it returns is
+pure and element-wise, so the blocks may be of any size and come in any order.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["BLOCK_ELEMENTS", "CHUNK_ELEMENTS", "Block", "Float32", "Formula", "Tensor"]
+
+Float32: TypeAlias = npt.NDArray[np.float32]
+
+CHUNK_ELEMENTS = 4096
+"""Blocks start at multiples of this, so that sums over chunks do not depend on the size of the blocks."""
+
+BLOCK_ELEMENTS = 32 * CHUNK_ELEMENTS
+"""Elements a block: 0.5 MB of float32 a source, which stays in the second-level cache (64k to 128k measured best)."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The same elements of every source.
+
+    Attributes:
+        start: flat index of the first element within the tensor.
+        base: [n] float32, or None where the method has no base.
+        models: [n] float32 each, in the order of the recipe, the base left out.
+    """
+
+    start: int
+    base: Float32 | None
+    models: tuple[Float32, ...]
+
+    @property
+    def deltas(self) -> list[Float32]:
+        """The task vectors tau_i = W_i - W_0, [n] each, newly allocated."""
+        assert self.base is not None, "a method with base='required' is planned with one"
+        return [model - self.base for model in self.models]
+
+
+Formula: TypeAlias = Callable[[Block], Float32]
+"""One block of every source in, one block of the result out; inputs are not changed."""
+
+
+class Tensor(Protocol):
+    """One output tensor with all its sources."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        ...
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """One 128-bit random key a model, from (seed, name of the output tensor, reference of the model)."""
+        ...
+
+    def blocks(self) -> Iterator[Block]:
+        """One pass over all elements, in order. Blocks start at multiples of `CHUNK_ELEMENTS`."""
+        ...

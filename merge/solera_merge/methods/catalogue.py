@@ -1,0 +1,54 @@
+"""Every merge method, one line each."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Literal
+
+from solera_merge.block import Formula
+from solera_merge.methods.dare_ties import dare_ties
+from solera_merge.methods.linear import linear
+from solera_merge.methods.passthrough import passthrough
+from solera_merge.methods.signature import Parameter, parameters_of
+from solera_merge.methods.slerp import slerp
+from solera_merge.methods.task_arithmetic import task_arithmetic
+from solera_merge.methods.ties import ties
+
+__all__ = ["METHODS", "Method"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method and what it asks of a recipe.
+
+    Attributes:
+        name: as in a recipe.
+        function: tensor and parameters -> formula; its keyword-only parameters are the schema.
+        base: `required`: the base takes part in the formula and is no model; `unused`: it is a model like any other.
+        most_models: besides a required base; None: any number.
+        reference: arXiv id, or where the method comes from.
+    """
+
+    name: str
+    function: Callable[..., Formula]
+    base: Literal["required", "unused"]
+    most_models: int | None
+    reference: str
+
+    @cached_property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """By name in a recipe."""
+        return MappingProxyType(parameters_of(self.function))
+
+
+_ALL = (
+    Method("linear", linear, "unused", None, "arXiv 2203.05482"),
+    Method("slerp", slerp, "required", 1, "Shoemake 1985"),
+    Method("task_arithmetic", task_arithmetic, "required", None, "arXiv 2212.04089"),
+    Method("ties", ties, "required", None, "arXiv 2306.01708"),
+    Method("dare_ties", dare_ties, "required", None, "arXiv 2311.03099"),
+    Method("passthrough", passthrough, "unused", 1, "a copy"),
+)
+
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})

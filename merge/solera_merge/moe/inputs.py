@@ -1,0 +1,110 @@
+"""Opening trunk and experts, and everything about them that headers can settle."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from solera_core.checkpoint import open_checkpoint
+from solera_core.context import Context
+from solera_core.errors import CheckpointError, ConfigError
+from solera_core.hub import split_adapter
+from solera_merge.moe.config import MoeConfig
+from solera_merge.moe.dense import Dense, read_dense
+from solera_merge.moe.vocabulary import compare_tokenizers
+
+__all__ = ["Inputs", "open_inputs"]
+
+_SAME = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "hidden_act",
+    "tie_word_embeddings",
+)
+"""Must agree between trunk and experts: shapes, and the function of the feed-forward network."""
+
+_TRUNKS = ("rope_parameters", "rms_norm_eps", "sliding_window", "eos_token_id")
+"""The trunk's is used; an expert that was tuned with another deserves a warning."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the MoE is made of, opened and found to fit together.
+
+    Attributes:
+        trunk: gives everything but the experts.
+        experts: in the order of the recipe.
+        names: of the experts.
+        width: of the widest expert; narrower ones are padded with zeros, which changes nothing they compute.
+        warnings: what a careful person would want to know.
+    """
+
+    trunk: Dense
+    experts: tuple[Dense, ...]
+    names: tuple[str, ...]
+    width: int
+    warnings: tuple[str, ...]
+
+
+def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
+    """Open trunk and experts (headers only) and check that they belong together.
+
+    Raises:
+        CheckpointError: naming the model and the first field, tensor or token that does not fit.
+        ConfigError: two experts lead to the same files.
+    """
+    trunk = read_dense("trunk", open_checkpoint(config.trunk, ctx))
+    experts = [read_dense(f"expert {e.name!r}", open_checkpoint(e.model, ctx)) for e in config.experts]
+    names = tuple(e.name for e in config.experts)
+    warnings = _check_distinct(config, trunk, experts, ctx)
+    for name, expert in zip(names, experts, strict=True):
+        _check_fits(trunk, expert)
+        warnings += compare_tokenizers(trunk.checkpoint, expert.checkpoint, name)
+        warnings += [
+            f"expert {name!r}: its {field} is {expert.fields[field]!r}, the trunk's {trunk.fields[field]!r} is used"
+            for field in _TRUNKS
+            if expert.fields[field] != trunk.fields[field]
+        ]
+    if trunk.fields["hidden_act"] != "silu":
+        warnings.append(
+            f"hidden_act is {trunk.fields['hidden_act']!r}: transformers honours it in a Mixtral, "
+            "other engines assume silu"
+        )
+    return Inputs(trunk, tuple(experts), names, max(expert.width for expert in experts), tuple(warnings))
+
+
+def _check_distinct(config: MoeConfig, trunk: Dense, experts: list[Dense], ctx: Context) -> list[str]:
+    """Two experts that lead to the same files are an error; one that leads to the trunk's is worth a warning."""
+
+    def place(ref: str, model: Dense) -> tuple[Path, str]:
+        adapter = split_adapter(ref, ctx)  # two adapters may share a base, and with it the path
+        return model.checkpoint.path.resolve(), adapter[1] if adapter else ""
+
+    seen: dict[tuple[Path, str], str] = {}
+    for expert, model in zip(config.experts, experts, strict=True):
+        where = place(expert.model, model)
+        if where in seen:
+            raise ConfigError(
+                f"experts: {seen[where]!r} and {expert.name!r} are the same model ({where[0]}); "
+                "two equal experts only waste memory"
+            )
+        seen[where] = expert.name
+    same = seen.get(place(config.trunk, trunk))
+    return [f"expert {same!r} is the trunk itself: its feed-forward networks are the untuned ones"] if same else []
+
+
+def _check_fits(trunk: Dense, expert: Dense) -> None:
+    if expert.family != trunk.family:
+        raise CheckpointError(
+            f"{expert.name}: {expert.config_file}: model_type {expert.family!r}, but the trunk ({trunk.config_file}) "
+            f"is {trunk.family!r}; experts and trunk must be fine-tunes of one base"
+        )
+    for field in _SAME:
+        if expert.fields[field] != trunk.fields[field]:
+            raise CheckpointError(
+                f"{expert.name}: {expert.config_file}: {field} is {expert.fields[field]!r}, but "
+                f"{trunk.fields[field]!r} in the trunk ({trunk.config_file}); "
+                "experts and trunk must be fine-tunes of one base"
+            )

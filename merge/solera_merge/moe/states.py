@@ -1,0 +1,144 @@
+"""Router inputs under teacher forcing: what each layer's router will read, summed over a domain's text.
+
+Text of domain e runs through the trunk with the feed-forward networks of expert e, so a layer sees what it will see
+in the finished MoE when the layers below routed rightly. That was slightly better than the states of the base alone,
+and it needs one dense model in memory, never the MoE.
+
+    E experts, D model width, L layers, B batch, T tokens
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from solera_core.errors import CheckpointError
+from solera_core.progress import Progress
+from solera_merge.moe.calibration import Sequences
+from solera_merge.moe.dense import FFN, Dense
+from solera_merge.moe.mixtral import ROUTER_INPUT
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+__all__ = ["RouterStatistics", "batches", "router_statistics"]
+
+_BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class RouterStatistics:
+    """What the ridge fit of one layer needs of the calibration text; sums, so they add up over texts and experts.
+
+    Attributes:
+        gram: (D, D), X'X over the states of all domains, float64.
+        sums: (E, D), sum of the states of every domain, float64.
+        counts: (E,), tokens of every domain.
+    """
+
+    gram: np.ndarray
+    sums: np.ndarray
+    counts: np.ndarray
+
+
+def router_statistics(
+    model: "PreTrainedModel",
+    experts: Sequence[Dense],
+    text: Sequence[Sequences],
+    *,
+    progress: Progress,
+) -> list[RouterStatistics]:
+    """Run every domain's text through the trunk with its expert's feed-forward networks, and sum what routers read.
+
+    Args:
+        model: the trunk, dense and float32, as wide as the widest expert; its feed-forward networks are overwritten.
+        experts: in order.
+        text: of each expert's domain.
+        progress: where to report.
+
+    Returns:
+        One entry a layer.
+
+    Raises:
+        CheckpointError: a state is NaN or infinite, naming layer and domain.
+    """
+    import torch
+
+    layers, width = experts[0].layers, int(experts[0].fields["hidden_size"])
+    grams = [torch.zeros(width, width, dtype=torch.float64) for _ in range(layers)]
+    sums = [torch.zeros(len(experts), width, dtype=torch.float64) for _ in range(layers)]
+    counts = np.zeros(len(experts), dtype=np.int64)
+    total = sum(sequences.tokens for sequences in text)
+    with torch.inference_mode(), progress.task("reading router inputs", total, "tokens") as task:
+        for e, (expert, sequences) in enumerate(zip(experts, text, strict=True)):
+            _put_ffn(model, expert)
+            counts[e] = sequences.tokens
+            for ids_BT, _ in batches(sequences):
+                with _router_inputs(model, layers) as states:
+                    model.base_model(input_ids=ids_BT, use_cache=False)
+                for layer, x_BTD in states.items():
+                    x_ND = x_BTD.reshape(-1, width).double()
+                    if not bool(torch.isfinite(x_ND).all()):
+                        raise CheckpointError(
+                            f"{expert.name}: its text gives states that are NaN or infinite at layer {layer}; "
+                            "the model or its number format is damaged"
+                        )
+                    grams[layer] += x_ND.T @ x_ND
+                    sums[layer][e] += x_ND.sum(dim=0)
+                task.advance(ids_BT.numel())
+    return [
+        RouterStatistics(gram.numpy(), per_domain.numpy(), counts) for gram, per_domain in zip(grams, sums, strict=True)
+    ]
+
+
+def batches(sequences: Sequences) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+    """Batches of equally long sequences, in order: ids (B, T) and, bool, which of them are scored (B, T)."""
+    import torch
+
+    size = max(_BATCH_TOKENS // len(sequences.ids[0]), 1)
+    for start in range(0, len(sequences.ids), size):
+        ids, targets = sequences.ids[start : start + size], sequences.targets[start : start + size]
+        # Only the very last sequence may be shorter; it goes alone.
+        cut = len(ids) - 1 if len(ids[-1]) < len(ids[0]) else len(ids)
+        for part in (slice(0, cut), slice(cut, len(ids))):
+            if ids[part]:
+                yield torch.tensor(ids[part]), torch.tensor(targets[part])
+
+
+def _put_ffn(model: "PreTrainedModel", expert: Dense) -> None:
+    """Overwrite the feed-forward networks of a dense model with an expert's, zeros where that is narrower."""
+    import torch
+
+    for layer in range(expert.layers):
+        for suffix in FFN:
+            name = f"model.layers.{layer}.{suffix}"
+            parameter = model.get_parameter(name)
+            values = torch.from_numpy(expert.checkpoint.read(name))
+            parameter.zero_()
+            parameter[: values.shape[0], : values.shape[1]] = values
+
+
+@contextmanager
+def _router_inputs(model: "PreTrainedModel", layers: int) -> Iterator[Mapping[int, Any]]:
+    """What the routers would read, by layer, of the forward passes inside."""
+    states: dict[int, Any] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            del module, inputs
+            states[layer] = output
+
+        return hook
+
+    handles = [
+        model.get_submodule(ROUTER_INPUT.format(layer=layer)).register_forward_hook(keep(layer))
+        for layer in range(layers)
+    ]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()

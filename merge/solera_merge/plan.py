@@ -1,0 +1,284 @@
+"""The plan of a merge: every output tensor with its sources, method and resolved parameters, from headers alone.
+
+    recipe -> models (opened, compared) -> runs -> targets -> parameters -> plan
+
+Nothing here reads a weight. The plan is pure data: it can be printed, hashed, and executed later or elsewhere.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from solera_core.architecture import is_embedding, is_head, vocab_size
+from solera_core.checkpoint import Checkpoint
+from solera_core.context import Context
+from solera_core.dtypes import FLOATS, ITEM_BYTES, SAFETENSORS_NAME
+from solera_core.errors import CheckpointError, ConfigError
+from solera_core.plan import Plan
+from solera_core.strict import did_you_mean
+from solera_core.writer import TensorSpec, layout
+from solera_merge.block import BLOCK_ELEMENTS
+from solera_merge.config import MergeConfig
+from solera_merge.config_json import output_config
+from solera_merge.masks import key
+from solera_merge.models import Models, compare, open_models
+from solera_merge.problems import Problems
+from solera_merge.resolve import resolve
+from solera_merge.runs import runs_of
+from solera_merge.targets import Target, find_targets
+
+__all__ = ["COPY", "MergePlan", "SourceTensor", "TensorPlan", "describe", "make_plan", "worker_threads"]
+
+COPY = "copy"
+"""What happens to tensors that are no floating-point numbers: equal in all sources, and copied."""
+
+_TEMPORARIES = 8  # float32 blocks that a formula and the cast hold besides the sources
+_TORCH_NAME = {name: torch for torch, name in SAFETENSORS_NAME.items()}
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of one of the models."""
+
+    model: int
+    name: str
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the output.
+
+    Attributes:
+        name: in the output.
+        dtype: safetensors' name.
+        shape: of the output and of every source.
+        method: name in the catalogue, or `COPY`.
+        base: the base's tensor where the method has a base.
+        models: the other sources, in the order of the recipe.
+        parameters: by name in a recipe; a tuple has one value a model.
+        keys: a random key a model.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    method: str
+    base: SourceTensor | None
+    models: tuple[SourceTensor, ...]
+    parameters: Mapping[str, Any]
+    keys: tuple[int, ...]
+
+    @property
+    def spec(self) -> TensorSpec:
+        """As the writer wants it."""
+        return TensorSpec(self.name, self.dtype, self.shape)
+
+    @property
+    def sources(self) -> tuple[SourceTensor, ...]:
+        """The models, then the base."""
+        return self.models if self.base is None else (*self.models, self.base)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All of the output.
+
+    Attributes:
+        tensors: in the order of the output files.
+        config: content of config.json.
+        sidecars: tokenizer and other files to be copied.
+        warnings: what a careful person would want to know first.
+    """
+
+    tensors: tuple[TensorPlan, ...]
+    config: Mapping[str, Any]
+    sidecars: tuple[Path, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """What will be written."""
+        return [tensor.spec for tensor in self.tensors]
+
+    @property
+    def disk_bytes(self) -> int:
+        """Size of everything that will be written, provenance excepted."""
+        return sum(s.nbytes for s in layout(self.specs)) + sum(f.stat().st_size for f in self.sidecars if f.exists())
+
+
+def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
+    """Plan a merge from configs and headers, and check everything that they can tell.
+
+    Raises:
+        ConfigError: the recipe asks for something impossible or meaningless.
+        CheckpointError: a model is missing, damaged or quantised, or the models do not belong together.
+    """
+    models = open_models(config, ctx)
+    whole = config.models is not None
+    warnings = compare(models, whole=whole, same_tokenizer=config.tokenizer_source is not None)
+    runs = runs_of(config, models)
+    targets, notes = find_targets(runs, models, whole=whole)
+    warnings += notes
+    resolved = resolve(config, targets, models)
+    problems = Problems()
+    _check_shapes(targets, models, problems)
+    tensors = _tensor_plans(config, targets, resolved, models, ctx.seed, problems)
+    problems.raise_any()
+    dtype = _main_dtype(tensors)
+    content, notes = output_config(models, runs, whole=whole, dtype=_TORCH_NAME[dtype])
+    warnings += notes
+    _check_vocabulary(tensors, content, models)
+    donor = _tokenizer_owner(config, models)
+    if not any(f.name.startswith(("tokenizer", "vocab", "tekken", "spiece", "sentencepiece")) for f in donor.sidecars):
+        warnings.append(f"{donor.path}: has no tokenizer, so the output will have none")
+    if config.parameters.get("int8_mask"):
+        warnings.append("parameters.int8_mask: has no effect (no mask is stored)")
+    return MergePlan(tuple(tensors), content, tuple(donor.sidecars), tuple(dict.fromkeys(warnings))), models
+
+
+def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context) -> Plan:
+    """The plan as every stage shows it (`--dry-run`)."""
+    used = Counter[int]()
+    for tensor in plan.tensors:
+        for source in tensor.sources:
+            used[source.model] += models.checkpoints[source.model].tensors[source.name].nbytes
+    reads = [
+        {"what": c.ref, "path": str(c.path), "revision": c.revision, "bytes": used[i], "tensors": len(c.tensors)}
+        for i, c in enumerate(models.checkpoints)
+    ]
+    writes: list[Mapping[str, Any]] = [{"what": s.file, "bytes": s.nbytes} for s in layout(plan.specs)]
+    writes += [{"what": f.name, "bytes": f.stat().st_size} for f in plan.sidecars]
+    most = max((len(tensor.sources) for tensor in plan.tensors), default=0)
+    return Plan(
+        stage="merge",
+        reads=reads,
+        writes=writes,
+        memory_bytes=worker_threads(ctx) * (most * 2 + _TEMPORARIES) * BLOCK_ELEMENTS * 4,
+        disk_bytes=plan.disk_bytes,
+        parameters={
+            **config.model_dump(mode="json", exclude_none=True),
+            "dtype": plan.config.get("dtype") or plan.config.get("torch_dtype"),
+            "seed": ctx.seed,
+            "threads": worker_threads(ctx),
+        },
+        rows=[_row(tensor, models, list(config.method.parameters)) for tensor in plan.tensors],
+        warnings=plan.warnings,
+    )
+
+
+def worker_threads(ctx: Context) -> int:
+    """Threads that merge tensors: as the caller says, else one a core that this process may use."""
+    return ctx.threads if ctx.threads is not None else len(os.sched_getaffinity(0))
+
+
+def _row(tensor: TensorPlan, models: Models, parameters: Sequence[str]) -> dict[str, Any]:
+    def shown(source: SourceTensor) -> str:
+        return models.ref(source.model) + ("" if source.name == tensor.name else f":{source.name}")
+
+    def value(name: str) -> Any:
+        found = tensor.parameters.get(name, "")
+        return ", ".join(f"{v:g}" for v in found) if isinstance(found, tuple) else found
+
+    return {
+        "tensor": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": "x".join(map(str, tensor.shape)),
+        "method": tensor.method,
+        "base": shown(tensor.base) if tensor.base else "",
+        "models": ", ".join(shown(source) for source in tensor.models),
+        **{name: value(name) for name in parameters},
+    }
+
+
+def _check_shapes(targets: Sequence[Target], models: Models, problems: Problems) -> None:
+    for target in targets:
+        infos = [
+            (models.ref(source.model), models.checkpoints[source.model].tensors[name])
+            for source, name in zip(target.run.sources, target.inputs, strict=True)
+        ]
+        first_ref, first = infos[0]
+        for ref, info in infos[1:]:
+            if info.shape == first.shape:
+                continue
+            both = f"{first.file}: {first.name!r} is {first.shape}, {info.file}: {info.name!r} is {info.shape}"
+            rows = is_embedding(first.name) or is_head(first.name)
+            if rows and first.shape[1:] == info.shape[1:]:
+                problems.checkpoint(
+                    f"{both}: the vocabularies of {first_ref!r} and {ref!r} have different sizes; merge models with "
+                    "one tokenizer, or give them equally many rows first (resize_token_embeddings of transformers)"
+                )
+            else:
+                problems.checkpoint(f"{both}: shapes differ; merge models of one architecture and size")
+
+
+def _check_vocabulary(tensors: Sequence[TensorPlan], content: Mapping[str, Any], models: Models) -> None:
+    """Slices may take embedding, head and config.json from three models."""
+    rows = vocab_size(content)
+    for tensor in tensors:
+        if (is_embedding(tensor.name) or is_head(tensor.name)) and tensor.shape and rows not in (None, tensor.shape[0]):
+            file = models.checkpoints[models.owner].path / "config.json"
+            raise CheckpointError(
+                f"{file}: vocab_size is {rows}, but {tensor.name!r} of "
+                f"{models.ref(tensor.models[0].model)!r} is {tensor.shape}; merge models with one vocabulary"
+            )
+
+
+def _tensor_plans(
+    config: MergeConfig,
+    targets: Sequence[Target],
+    resolved: Sequence[Mapping[str, Any]],
+    models: Models,
+    seed: int,
+    problems: Problems,
+) -> list[TensorPlan]:
+    wanted = config.out_dtype or config.dtype
+    plans: list[TensorPlan] = []
+    for target, parameters in zip(targets, resolved, strict=True):
+        sources = [SourceTensor(s.model, n) for s, n in zip(target.run.sources, target.inputs, strict=True)]
+        infos = [models.checkpoints[s.model].tensors[s.name] for s in sources]
+        stored = sorted({info.dtype for info in infos})
+        shape = infos[0].shape
+        if not any(dtype in FLOATS for dtype in stored):
+            if len(stored) > 1 or stored[0].startswith("F"):
+                files = f"{infos[0].file}: {infos[0].name!r} is stored as {' and '.join(stored)}"
+                problems.checkpoint(f"{files}, which cannot be merged; dequantise the model first")
+            plans.append(TensorPlan(target.name, stored[0], shape, COPY, None, tuple(sources), {}, ()))
+            continue
+        if odd := [info for info in infos if info.dtype not in FLOATS]:
+            problems.checkpoint(
+                f"{odd[0].file}: {odd[0].name!r} is stored as {odd[0].dtype}, but in another model as floating-point "
+                "numbers; dequantise the model first"
+            )
+        if "F64" in stored and wanted is None:
+            problems.config(
+                f"dtype: {infos[0].name!r} is stored as F64, and merges are computed in float32; "
+                "set `dtype: float32` to accept that"
+            )
+        dtype = SAFETENSORS_NAME[wanted] if wanted else stored[0] if len(stored) == 1 else "F32"
+        base = next((s for s in sources if s.model == target.run.base), None)
+        others = tuple(s for s in sources if s is not base)
+        keys = tuple(key(seed, target.name, models.ref(s.model)) for s in others)
+        plans.append(TensorPlan(target.name, dtype, shape, config.merge_method, base, others, parameters, keys))
+    return plans
+
+
+def _main_dtype(tensors: Sequence[TensorPlan]) -> str:
+    """The floating-point format of most bytes of the output: what config.json states."""
+    total = Counter[str]()
+    for tensor in tensors:
+        if tensor.dtype in FLOATS:
+            total[tensor.dtype] += tensor.spec.size * ITEM_BYTES[tensor.dtype]
+    return total.most_common(1)[0][0] if total else "F32"
+
+
+def _tokenizer_owner(config: MergeConfig, models: Models) -> Checkpoint:
+    wanted = config.tokenizer_source
+    if wanted is None or wanted == "base":
+        return models.checkpoints[models.owner]
+    if wanted not in models.index:
+        hint = did_you_mean(wanted, ["base", *models.index])
+        raise ConfigError(f"tokenizer_source: {wanted!r} is none of the models of this merge{hint}")
+    return models.checkpoints[models.index[wanted]]

@@ -1,0 +1,107 @@
+"""The parameters of every output tensor, after precedence, gradients, filters and defaults."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from solera_core.strict import did_you_mean
+from solera_merge.config import MergeConfig
+from solera_merge.methods.catalogue import Method
+from solera_merge.methods.signature import REQUIRED, Parameter
+from solera_merge.models import Models
+from solera_merge.problems import Problems, some
+from solera_merge.settings import evaluate, filters_of
+from solera_merge.targets import Target
+
+__all__ = ["resolve"]
+
+
+def resolve(config: MergeConfig, targets: Sequence[Target], models: Models) -> list[dict[str, Any]]:
+    """For every target its parameters by name: one value, or a tuple with one value a model (the base left out).
+
+    For each tensor and model the first level that has a value wins: source, slice, global, default. A level whose
+    filters do not match falls through to the next. Filters see the name in the source for what belongs to one model,
+    and the name in the output for what all share (as in mergekit).
+
+    Raises:
+        ConfigError: a required parameter without a value, a filter that matches nothing, weights that cancel.
+    """
+    problems = Problems()
+    _check_filters(config, targets, problems)
+    unset: dict[tuple[str, str | None], list[str]] = {}
+    resolved: list[dict[str, Any]] = []
+    for target in targets:
+        values: dict[str, Any] = {}
+        for name, parameter in config.method.parameters.items():
+            shared = [target.run.parameters, config.parameters]
+            if not parameter.per_model:
+                values[name] = _lookup(parameter, shared, target.name, target.t)
+                if values[name] is REQUIRED:
+                    unset.setdefault((name, None), []).append(target.name)
+                continue
+            row: list[Any] = []
+            for source, tensor in zip(target.run.sources, target.inputs, strict=True):
+                if source.model == target.run.base:
+                    continue
+                row.append(_lookup(parameter, [source.parameters, *shared], tensor, target.t))
+                if row[-1] is REQUIRED:
+                    unset.setdefault((name, models.ref(source.model)), []).append(target.name)
+            values[name] = tuple(row)
+        resolved.append(values)
+    for (name, ref), tensors in unset.items():
+        of = f" for {ref!r}" if ref is not None else ""
+        which = "" if len(tensors) == len(targets) else f" (for {some(tensors)})"
+        problems.config(f"parameters: {config.merge_method} needs `{name}`{of}{which}")
+    problems.raise_any()
+    _check_weights(config.method, targets, resolved, problems)
+    problems.raise_any()
+    return resolved
+
+
+def _lookup(parameter: Parameter, levels: Iterable[Mapping[str, Any]], tensor: str, t: float) -> Any:
+    for level in levels:
+        if parameter.name in level:
+            value = evaluate(level[parameter.name], parameter, tensor, t)
+            if value is not None:
+                return value
+    return parameter.default
+
+
+def _check_filters(config: MergeConfig, targets: Sequence[Target], problems: Problems) -> None:
+    """A filter that is part of no tensor's name is a misspelling: without this it would silently select nothing."""
+    names = {target.name for target in targets} | {name for target in targets for name in target.inputs}
+    levels = [config.parameters, *(m.parameters for m in config.models or ())]
+    for output in config.slices or ():
+        levels += [output.parameters, *(s.parameters for s in output.sources)]
+    parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
+    for level in levels:
+        for parameter, setting in level.items():
+            for wanted in filters_of(setting):
+                if not any(wanted in name for name in names):
+                    problems.config(
+                        f"parameters.{parameter}: filter {wanted!r} matches no tensor{did_you_mean(wanted, parts)}"
+                    )
+
+
+def _check_weights(
+    method: Method, targets: Sequence[Target], resolved: Sequence[Mapping[str, Any]], problems: Problems
+) -> None:
+    """Refuse weights that make the result meaningless: all zero, or cancelling where they are divided by their sum."""
+    if "weight" not in method.parameters:
+        return
+    zero: list[str] = []
+    cancelling: list[str] = []
+    for target, values in zip(targets, resolved, strict=True):
+        weights: tuple[float, ...] = values["weight"]
+        size = sum(map(abs, weights))
+        if size == 0:
+            zero.append(target.name)
+        elif values["normalize"] and abs(sum(weights)) <= 1e-8 * size:
+            cancelling.append(target.name)
+    if cancelling:
+        problems.config(
+            f"parameters.weight: the weights of {some(cancelling)} sum to 0, and normalize divides by their sum; "
+            "change a weight or set `normalize: false`"
+        )
+    if zero and (method.base == "unused" or len(zero) == len(targets)):
+        result = "zero" if method.base == "unused" else "the base itself"
+        problems.config(f"parameters.weight: all weights of {some(zero)} are 0, so the result would be {result}")

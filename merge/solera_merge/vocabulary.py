@@ -1,0 +1,54 @@
+"""Whether two tokenizers give the same ids to the same tokens."""
+
+import filecmp
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from solera_core.checkpoint import Checkpoint
+
+__all__ = ["Conflict", "conflicting_ids"]
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """How far two vocabularies disagree.
+
+    Attributes:
+        files: the two tokenizer.json.
+        common: ids that both use.
+        count: of those, how many mean different tokens.
+        example: (id, token here, token there) of the lowest such id.
+    """
+
+    files: tuple[Path, Path]
+    common: int
+    count: int
+    example: tuple[int, str, str]
+
+
+def conflicting_ids(a: Checkpoint, b: Checkpoint) -> Conflict | None:
+    """Compare tokenizer.json of two models; None where one has none, or they are the same, byte for byte."""
+    files = tuple(next((f for f in c.sidecars if f.name == "tokenizer.json"), None) for c in (a, b))
+    if files[0] is None or files[1] is None or filecmp.cmp(files[0], files[1], shallow=False):
+        return None
+    mine, theirs = _tokens(files[0]), _tokens(files[1])
+    common = mine.keys() & theirs.keys()
+    different = sorted(i for i in common if mine[i] != theirs[i])
+    example = (different[0], mine[different[0]], theirs[different[0]]) if different else (0, "", "")
+    return Conflict((files[0], files[1]), len(common), len(different), example)
+
+
+def _tokens(file: Path) -> dict[int, str]:
+    """Token by id; a file that cannot be understood has none, which hinders nothing (transformers will judge it)."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, dict):
+            tokens = {int(i): str(token) for token, i in vocabulary.items()}
+        else:  # unigram: a list of [token, score]
+            tokens = {i: str(entry[0]) for i, entry in enumerate(vocabulary)}
+        tokens |= {int(added["id"]): str(added["content"]) for added in content.get("added_tokens") or ()}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return {}
+    return tokens

@@ -1,0 +1,441 @@
+"""The `solera` command. Every heavy import happens inside the command that needs it."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from solera_core.context import Context
+from solera_core.errors import ResourceError, SoleraError
+from solera_core.version import __version__
+
+__all__ = ["app", "main"]
+
+EXIT_CODES = (
+    "Exit codes: 0 right, 1 a gate failed, 2 a gate was inconclusive, 3 bad input, "
+    "4 environment (disk, memory, network), 130 interrupted."
+)
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="solera",
+    help="Blend fine-tuned checkpoints, distil the blend, prove that quality held, publish.\n\n" + EXIT_CODES,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the plan (reads, writes, memory, disk, every parameter) and stop.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Root of all randomness (default: the recipe's, else 0).")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing output of solera, atomically, at the end.")
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .bin weights through torch's weights_only loader.")
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let Python code inside a checkpoint run. Only for code you have read."),
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Worker threads (default: all cores).")]
+Jobs = Annotated[
+    int, typer.Option("--jobs", "-j", min=1, help="Stages that do not read each other run side by side, this many.")
+]
+Config = Annotated[Path, typer.Argument(help="YAML file with the settings.", show_default=False)]
+Out = Annotated[Path, typer.Argument(help="Output directory; must not exist.", show_default=False)]
+
+
+def _context(base_dir: Path, seed: int | None, quiet: bool, **options: Any) -> Context:
+    from solera.console import make_progress
+
+    return Context(seed=seed or 0, base_dir=base_dir, progress=make_progress(quiet=quiet), **options)
+
+
+def _emit(result: dict[str, Any], *, as_json: bool, text: str) -> None:
+    print(json.dumps(result, indent=2) if as_json else text)  # noqa: T201  (results belong on stdout)
+
+
+def _stage_command(kind: str, summary: str) -> Callable[..., None]:
+    """One command per kind of stage that turns a settings file into an output directory."""
+
+    def command(
+        config: Config,
+        out: Out,
+        dry_run: DryRun = False,
+        as_json: Json = False,
+        seed: Seed = None,
+        quiet: Quiet = False,
+        overwrite: Overwrite = False,
+        allow_pickle: AllowPickle = False,
+        trust_remote_code: TrustRemoteCode = False,
+        threads: Threads = None,
+    ) -> None:
+        from solera.stages import plan_stage, read_stage, run_stage
+        from solera_core.staging import check_target
+
+        parsed, base_dir = read_stage(kind, config)
+        ctx = _context(
+            base_dir,
+            seed,
+            quiet,
+            overwrite=overwrite,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            threads=threads,
+        )
+        check_target(out, overwrite=overwrite)
+        if dry_run:
+            _show_plan(plan_stage(kind, parsed, ctx), as_json=as_json)
+            return
+        written = run_stage(kind, parsed, out, ctx)
+        provenance = json.loads((written / "solera.json").read_text(encoding="utf-8"))
+        _emit(
+            {"out": str(written), "kind": kind, "digest": provenance["digest"], "checks": provenance["checks"]},
+            as_json=as_json,
+            text=f"{written}: written and checked ({provenance['digest'][:19]}...)",
+        )
+
+    command.__doc__ = summary
+    return command
+
+
+def _show_plan(plan: Any, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(plan.to_json(), indent=2))  # noqa: T201
+    else:
+        from solera.console import print_plan
+
+        print_plan(plan)
+
+
+app.command("merge")(_stage_command("merge", "Merge checkpoints into one (reads mergekit's YAML)."))
+app.command("moe")(_stage_command("moe", "Build a sparse mixture of experts out of dense specialists."))
+app.command("distill")(_stage_command("distill", "Teach a student (or heal a mixture) by one or several teachers."))
+app.command("tune")(_stage_command("tune", "Fine-tune a base into a specialist."))
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.", show_default=False)],
+    suite: Annotated[list[Path], typer.Option("--suite", help="Suite file; may be given several times.")],
+    out: Annotated[Path, typer.Option("--out", help="Results directory; must not exist.")],
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    threads: Threads = None,
+) -> None:
+    """Measure a model on suites of text, multiple-choice and generation tasks, item by item."""
+    from solera_core.staging import check_target
+    from solera_core.strict import parse
+    from solera_eval.config import EvalConfig
+    from solera_eval.run import evaluate, plan_evaluate
+
+    config = parse(EvalConfig, {"model": model, "suites": [str(s) for s in suite]}, where="eval")
+    ctx = _context(Path(), seed, quiet, overwrite=overwrite, trust_remote_code=trust_remote_code, threads=threads)
+    check_target(out, overwrite=overwrite)
+    if dry_run:
+        _show_plan(plan_evaluate(config, ctx), as_json=as_json)
+        return
+    written = evaluate(config, out, ctx)
+    results = json.loads((written / "results.json").read_text(encoding="utf-8"))
+    lines = [
+        f"{t['name']:<24} {t['metric']:<16} {_number(t['value'])}  "
+        f"[{_number(t['low'])}, {_number(t['high'])}]  n={t['n']}"
+        for t in results["tasks"]
+    ]
+    _emit(results, as_json=as_json, text="\n".join([*lines, f"{written}: results and items written"]))
+
+
+@app.command("gate")
+def gate_command(
+    baseline: Annotated[Path, typer.Option("--baseline", help="Results directory of the model to hold up to.")],
+    candidate: Annotated[Path, typer.Option("--candidate", help="Results directory of the model in question.")],
+    policy: Annotated[Path | None, typer.Option("--policy", help="Policy file: margins, confidence, tiers.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Decide PASS (0), FAIL (1) or INCONCLUSIVE (2): is the candidate not worse by more than the margin?"""
+    from solera_core.strict import load_yaml, parse
+    from solera_eval.config import GatePolicy
+    from solera_eval.gate import gate
+
+    settings = load_yaml(policy) if policy else {}
+    verdict = gate(baseline, candidate, parse(GatePolicy, settings, where=str(policy or "policy")))
+    data = verdict.to_json()
+    lines = [f"{t['name']:<24} {t['verdict']:<13} {_margin_line(t)}" for t in data["tasks"]]
+    _emit(data, as_json=as_json, text="\n".join([*lines, *data["reasons"], data["verdict"]]))
+    raise typer.Exit(_verdict_code(data["verdict"]))
+
+
+def _margin_line(task: dict[str, Any]) -> str:
+    figure = "ratio" if "ratio" in task else "difference"
+    needed = f", {task['n_needed']} items needed" if task.get("n_needed") else ""
+    return (
+        f"{figure} {_number(task[figure])}, bound {_number(task['bound'])}, margin {task['margin']:g}, "
+        f"n={task['n']}{needed}"
+    )
+
+
+def _number(value: float | None) -> str:
+    """`-` where one item gives no interval."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _verdict_code(verdict: str | None) -> int:
+    return {"FAIL": 1, "INCONCLUSIVE": 2}.get(verdict or "", 0)
+
+
+@app.command("publish")
+def publish_command(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint written by solera.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="Repository on the hub, `name/model`.", show_default=False)],
+    license_id: Annotated[
+        str | None, typer.Option("--license", help="Licence of the output, when the parents disagree.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public (default: private).")] = False,
+    tag: Annotated[str | None, typer.Option("--tag", help="Tag the commit.")] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the model card and upload to the hub at HF_ENDPOINT, then check what arrived."""
+    from solera.publish import PublishConfig, plan_publish, publish
+    from solera_core.strict import parse
+
+    settings = {"model": str(directory), "repo": repo, "license": license_id, "private": not public, "tag": tag}
+    config = parse(PublishConfig, settings, where="publish")
+    ctx = _context(Path(), None, quiet)
+    if dry_run:
+        _show_plan(plan_publish(config, ctx), as_json=as_json)
+        return
+    result = publish(config, ctx)
+    _emit(result.to_json(), as_json=as_json, text=f"{result.url} at commit {result.commit}: uploaded and verified")
+
+
+@app.command("run")
+def run_command(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", help="Run directory (default: runs/NAME).")] = None,
+    variables: Annotated[list[str] | None, typer.Option("--set", help="name=value for the recipe's vars.")] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    threads: Threads = None,
+    jobs: Jobs = 1,
+) -> None:
+    """Run a recipe: specialists to a judged, publishable model, with a report. Finished stages are not repeated."""
+    from solera.recipe import load_recipe
+
+    loaded = load_recipe(recipe, seed=seed, variables=_variables(variables or []))
+    run_dir = out if out is not None else Path("runs") / recipe.stem
+    ctx = _context(
+        recipe.parent, seed, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, threads=threads
+    )
+    _run(loaded, run_dir, ctx, dry_run=dry_run, as_json=as_json, jobs=jobs)
+
+
+def _run(recipe: Any, out: Path, ctx: Context, *, dry_run: bool, as_json: bool, jobs: int) -> None:
+    from solera.pipeline import plan_run, run_recipe
+
+    if dry_run:
+        from solera.console import print_run_plan
+
+        planned = plan_run(recipe, out, ctx)
+        if as_json:
+            stages = [
+                {
+                    "name": p.name,
+                    "kind": p.kind,
+                    "inputs": p.inputs,
+                    "status": p.status,
+                    "plan": p.plan and p.plan.to_json(),
+                }
+                for p in planned
+            ]
+            print(json.dumps({"out": str(out), "stages": stages}, indent=2))  # noqa: T201
+        else:
+            print_run_plan(planned, out)
+        return
+    outcome = run_recipe(recipe, out, ctx, jobs=jobs)
+    from solera.summary import summarise
+
+    summary = summarise(recipe, outcome)
+    summary.write_report(out / "report.html")
+    if as_json:
+        print(json.dumps(summary.to_json(), indent=2))  # noqa: T201
+    else:
+        summary.print_tables()
+        print(f"report: {out / 'report.html'}")  # noqa: T201
+    raise typer.Exit(_verdict_code(outcome.verdict))
+
+
+def _variables(pairs: list[str]) -> dict[str, str]:
+    from solera_core.errors import ConfigError
+
+    values: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair}: expected name=value")
+        values[name] = value
+    return values
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option("--out", help="Run directory.")] = Path("runs/demo"),
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    seed: Seed = None,
+    threads: Threads = None,
+    jobs: Jobs = 2,
+) -> None:
+    """The main job on a laptop, offline: three specialists, their blends, a healed mixture, a student, the verdict."""
+    from solera.demo import demo_recipe
+
+    ctx = _context(Path(), None, quiet, threads=threads)
+    _run(demo_recipe(out, seed=seed), out, ctx, dry_run=dry_run, as_json=as_json, jobs=jobs)
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.", show_default=False)],
+    as_json: Json = False,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """What a checkpoint is: family, sizes, tensors, tokenizer, licence, where it came from."""
+    from solera_core.checkpoint import open_checkpoint
+    from solera_core.inspect import describe
+
+    facts = describe(open_checkpoint(model, _context(Path(), None, True, allow_pickle=allow_pickle)))
+    width = max(len(k) for k in facts)
+    _emit(
+        facts, as_json=as_json, text="\n".join(f"{k:<{width}}  {_short(v)}" for k, v in facts.items() if v is not None)
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(_short(v) for v in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+@app.command("diff")
+def diff_command(
+    a: Annotated[str, typer.Argument(help="One checkpoint.", show_default=False)],
+    b: Annotated[str, typer.Argument(help="The other.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """How two checkpoints differ, tensor by tensor: relative change, cosine, largest difference."""
+    from solera_core.checkpoint import open_checkpoint
+    from solera_core.diff import diff
+
+    ctx = _context(Path(), None, True)
+    rows = diff(open_checkpoint(a, ctx), open_checkpoint(b, ctx))
+    if as_json:
+        print(json.dumps({"a": a, "b": b, "tensors": rows}, indent=2))  # noqa: T201
+    else:
+        from solera.console import print_rows
+
+        print_rows(f"{a} against {b}", rows)
+
+
+@app.command("verify")
+def verify_command(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint written by solera.", show_default=False)],
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Make it again from its recipe and compare the bytes.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check every file and tensor against the digests in solera.json."""
+    from solera.rebuild import rebuild_problems
+    from solera_core.errors import VerificationError
+    from solera_core.provenance import verify
+
+    problems = verify(directory)
+    if rebuild and not problems:
+        problems = rebuild_problems(directory, _context(Path(), None, quiet))
+    if problems:
+        if as_json:
+            print(json.dumps({"directory": str(directory), "whole": False, "problems": problems}, indent=2))  # noqa: T201
+        raise VerificationError("\n".join(f"{directory}: {p}" for p in problems))
+    how = "every byte made again from its recipe is equal" if rebuild else "every file and tensor equals its digest"
+    _emit(
+        {"directory": str(directory), "whole": True, "rebuilt": rebuild, "problems": []},
+        as_json=as_json,
+        text=f"{directory}: {how}",
+    )
+
+
+@app.command("schema")
+def schema_command(
+    kind: Annotated[str, typer.Argument(help="recipe, suite, policy, or a kind of stage.")] = "recipe",
+) -> None:
+    """JSON Schema of a settings file, for editors and agents."""
+    from solera.schema import schema
+
+    print(json.dumps(schema(kind), indent=2))  # noqa: T201
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)  # noqa: T201
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())  # noqa: T201
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code (see EXIT_CODES); errors are one message on stderr, no traceback.
+
+    SOLERA_TRACEBACK=1 shows the traceback as well.
+    """
+    try:
+        code = app(args=arguments, standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns KeyboardInterrupt into this code
+            return _fail("interrupted; run the same command again to go on", INTERRUPTED)
+        return code if isinstance(code, int) else 0
+    except SoleraError as e:
+        return _fail(str(e), e.exit_code)
+    except typer.Abort:
+        return INTERRUPTED
+    except typer.TyperException as e:  # usage errors; typer's own code for them, 2, means INCONCLUSIVE here
+        context = getattr(e, "ctx", None)
+        return _fail((context.get_usage() + "\n" if context else "") + e.format_message(), 3)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return _fail("not enough memory", ResourceError.exit_code)
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("SOLERA_TRACEBACK"):
+        import traceback
+
+        traceback.print_exc()
+    print(f"solera: {message}", file=sys.stderr)  # noqa: T201
+    return code

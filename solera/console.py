@@ -1,0 +1,184 @@
+"""How solera speaks on a terminal: progress and notes on stderr, results on stdout.
+
+On a terminal long work shows a bar with throughput and time left; elsewhere (logs, CI) plain lines, at most one every
+few seconds. Colour follows NO_COLOR.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from solera_core.plan import Plan
+from solera_core.progress import Progress, Silent, Task
+
+__all__ = ["Lines", "make_progress", "print_plan", "print_rows", "print_run_plan", "readable_bytes", "stdout_console"]
+
+_PLAIN_EVERY_S = 5.0
+_LOG_WIDTH = 140
+
+
+def readable_bytes(count: float) -> str:
+    """`2.2 GB`; decimal units, as disks and hubs count."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def make_progress(*, quiet: bool) -> Progress:
+    """Bars on a terminal, plain lines elsewhere, nothing with --quiet."""
+    if quiet:
+        return Silent()
+    return _Bars() if sys.stderr.isatty() else Lines()
+
+
+def _amount(value: float, unit: str) -> str:
+    if unit == "bytes":
+        return readable_bytes(value)
+    if value >= 1e6:
+        return f"{value / 1e6:.2f}M {unit}"
+    if value >= 1e4:
+        return f"{value / 1e3:.0f}k {unit}"
+    return f"{value:g} {unit}" if value == int(value) else f"{value:.1f} {unit}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
+class Lines:
+    """Plain lines on stderr, each beginning with `name` where one is given."""
+
+    def __init__(self, name: str = "") -> None:
+        self._prefix = f"{name}: " if name else ""
+
+    @contextmanager
+    def task(self, title: str, total: float, unit: str = "") -> Iterator[Task]:
+        """A line every few seconds."""
+        yield _LineTask(self._prefix + title, total, unit)
+
+    def note(self, message: str) -> None:
+        """One line."""
+        print(self._prefix + message, file=sys.stderr, flush=True)  # noqa: T201  (this file is the terminal)
+
+
+class _LineTask:
+    def __init__(self, title: str, total: float, unit: str) -> None:
+        self._title, self._total, self._unit = title, total, unit
+        self._done = 0.0
+        self._started = self._printed = time.monotonic()
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._printed < _PLAIN_EVERY_S:
+            return
+        self._printed = now
+        rate = self._done / max(now - self._started, 1e-9)
+        left = max(self._total - self._done, 0) / rate if rate else 0.0
+        share = f"{100 * self._done / self._total:.0f} %" if self._total else ""
+        parts = [share, f"{_amount(rate, self._unit)}/s", f"{_duration(left)} left", note]
+        print(f"{self._title}: {', '.join(p for p in parts if p)}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+class _Bars:
+    """Rich bars on stderr; they vanish when done."""
+
+    @contextmanager
+    def task(self, title: str, total: float, unit: str = "") -> Iterator[Task]:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        with bar:
+            yield _BarTask(bar, bar.add_task(title, total=total or None, rate="", note=""), unit)
+
+    def note(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)  # noqa: T201
+
+
+class _BarTask:
+    def __init__(self, bar: Any, task: Any, unit: str) -> None:
+        self._bar, self._task, self._unit = bar, task, unit
+        self._done, self._started = 0.0, time.monotonic()
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:
+        self._done += amount
+        rate = self._done / max(time.monotonic() - self._started, 1e-9)
+        self._bar.update(self._task, advance=amount, rate=f"{_amount(rate, self._unit)}/s", note=note)
+
+
+def stdout_console() -> Any:
+    """Where results go. A terminal has its own width; a log or a pipe has room."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=_LOG_WIDTH)
+
+
+def print_plan(plan: Plan, *, max_rows: int = 40) -> None:
+    """The plan as tables on stdout."""
+    console = stdout_console()
+    console.print(f"[bold]plan: {plan.stage}[/bold] (nothing is read but headers, nothing is written)")
+    _table(console, "reads", [_readable(r) for r in plan.reads])
+    _table(console, "writes", [_readable(w) for w in plan.writes])
+    console.print(f"memory: about {readable_bytes(plan.memory_bytes)}; disk: {readable_bytes(plan.disk_bytes)}")
+    _table(console, "parameters", [{"key": k, "value": v} for k, v in plan.parameters.items()])
+    _table(console, "details", list(plan.rows[:max_rows]))
+    if len(plan.rows) > max_rows:
+        console.print(f"... and {len(plan.rows) - max_rows} more rows (all of them with --json)")
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}", markup=True)
+
+
+def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: readable_bytes(v) if k == "bytes" and isinstance(v, (int, float)) else v for k, v in row.items()}
+
+
+def _table(console: Any, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(*columns, title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text("" if row.get(c) is None else str(row.get(c))) for c in columns))
+    console.print(table)
+
+
+def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table on stdout."""
+    _table(stdout_console(), title, [_rounded(r) for r in rows])
+
+
+def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+
+
+def print_run_plan(planned: Sequence[Any], out: Any) -> None:
+    """The stages of a recipe, what each reads, and whether it would run."""
+    rows = [{"stage": p.name, "kind": p.kind, "reads": ", ".join(p.inputs) or "-", "status": p.status} for p in planned]
+    console = stdout_console()
+    _table(console, f"plan: {len(rows)} stages into {out} (nothing is written)", rows)
+    for stage in planned:
+        if stage.plan is not None:
+            console.print(f"[bold]{stage.name}[/bold]")
+            print_plan(stage.plan)

@@ -1,0 +1,203 @@
+"""The kinds of stage a recipe can name, and what each needs from the others.
+
+Importing this file imports the configuration models only; torch and transformers come with `run`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from solera_core.context import Context
+from solera_core.data import DataSource
+from solera_core.errors import ConfigError
+from solera_core.plan import Plan
+from solera_core.strict import Strict, did_you_mean, load_yaml, parse
+
+__all__ = ["KINDS", "References", "Stage", "parse_stage", "plan_stage", "read_stage", "run_stage", "stage_config"]
+
+KINDS = ("init", "tune", "merge", "moe", "distill", "eval", "publish")
+
+
+@dataclass(frozen=True)
+class References:
+    """What a stage reads: models by reference as written, text by source, other stages' verdicts by stage name."""
+
+    models: tuple[str, ...] = ()
+    data: tuple[DataSource, ...] = ()
+    verdicts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One parsed node of a recipe."""
+
+    name: str
+    kind: str
+    config: Strict
+    references: References
+
+
+def stage_config(kind: str) -> type[Strict]:
+    """The configuration model of a kind.
+
+    Raises:
+        ConfigError: no such kind.
+    """
+    match kind:
+        case "init":
+            from solera_distill.config import InitConfig
+
+            return InitConfig
+        case "tune":
+            from solera_distill.config import TuneConfig
+
+            return TuneConfig
+        case "distill":
+            from solera_distill.config import DistillConfig
+
+            return DistillConfig
+        case "merge":
+            from solera_merge.config import MergeConfig
+
+            return MergeConfig
+        case "moe":
+            from solera_merge.moe.config import MoeConfig
+
+            return MoeConfig
+        case "eval":
+            from solera_eval.config import EvalConfig
+
+            return EvalConfig
+        case "publish":
+            from solera.publish import PublishConfig
+
+            return PublishConfig
+        case _:
+            raise ConfigError(f"unknown kind of stage {kind!r}{did_you_mean(kind, KINDS)}")
+
+
+def parse_stage(name: str, node: Any, *, where: str) -> Stage:
+    """Parse `{kind: {...}}`.
+
+    Raises:
+        ConfigError: the node has not exactly one known kind, or its settings are wrong.
+    """
+    if not isinstance(node, Mapping) or len(node) != 1:
+        raise ConfigError(
+            f"{where}: a stage is one kind with its settings, e.g. `{{tune: {{...}}}}`; kinds: {', '.join(KINDS)}"
+        )
+    kind, settings = next(iter(node.items()))
+    if kind not in KINDS:
+        raise ConfigError(f"{where}: unknown kind of stage {kind!r}{did_you_mean(str(kind), KINDS)}")
+    config = parse(stage_config(kind), settings, where=f"{where}.{kind}")
+    return Stage(name, kind, config, _references(kind, config))
+
+
+def read_stage(kind: str, file: Path) -> tuple[Strict, Path]:
+    """The settings of one stage from a file of its own, and the directory its paths are relative to.
+
+    The file holds the settings, or a recipe's node (`{kind: {...}}`) as it stands under `stages:`. Paths are relative
+    to the file; merge configs follow mergekit, where they are relative to where one stands.
+
+    Raises:
+        ConfigError: naming file and key.
+    """
+    settings = load_yaml(file)
+    if isinstance(settings, Mapping) and set(settings) == {kind}:
+        settings = settings[kind]
+    return parse(stage_config(kind), settings, where=str(file)), Path() if kind == "merge" else file.parent
+
+
+def plan_stage(kind: str, config: Strict, ctx: Context) -> Plan:
+    """What the stage will read, write and need, from headers and file sizes alone."""
+    return _functions(kind)[0](config, ctx)
+
+
+def run_stage(kind: str, config: Strict, out: Path, ctx: Context) -> Path:
+    """Run one stage; `out` is whole and checked when this returns, and does not exist when it raises."""
+    return _functions(kind)[1](config, out, ctx)
+
+
+_Plan = Callable[[Any, Context], Plan]
+_Run = Callable[[Any, Path, Context], Path]
+
+
+def _functions(kind: str) -> tuple[_Plan, _Run]:
+    match kind:
+        case "init":
+            from solera_distill.run import init, plan_init
+
+            return plan_init, init
+        case "tune":
+            from solera_distill.run import plan_tune, tune
+
+            return plan_tune, tune
+        case "distill":
+            from solera_distill.run import distill, plan_distill
+
+            return plan_distill, distill
+        case "merge":
+            from solera_merge.run import merge, plan_merge
+
+            return plan_merge, merge
+        case "moe":
+            from solera_merge.moe.build import build_moe, plan_moe
+
+            return plan_moe, build_moe
+        case "eval":
+            from solera_eval.run import evaluate, plan_evaluate
+
+            return plan_evaluate, evaluate
+        case _:
+            raise ConfigError(f"a {kind!r} stage only runs inside a recipe")
+
+
+def _references(kind: str, config: Strict) -> References:
+    match kind:
+        case "eval":
+            from solera_eval.config import EvalConfig
+
+            assert isinstance(config, EvalConfig)
+            return References(tuple(config.named_models().values()))
+        case "publish":
+            from solera.publish import PublishConfig
+
+            assert isinstance(config, PublishConfig)
+            return References((config.model,), (), (config.when,) if config.when else ())
+        case _:
+            return References(tuple(dict.fromkeys(_model_references(config))), tuple(dict.fromkeys(_sources(config))))
+
+
+_MODEL_FIELDS = {"model", "base_model", "trunk", "from_", "source_model"}
+
+
+def _model_references(value: Any, field: str = "") -> Iterable[str]:
+    """Every string in a field that holds a model reference, anywhere below."""
+    if isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _model_references(getattr(value, name), name)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _model_references(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _model_references(item, field)
+    elif isinstance(value, str) and field in _MODEL_FIELDS:
+        yield value
+
+
+def _sources(value: Any) -> Iterable[DataSource]:
+    if isinstance(value, DataSource):
+        yield value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _sources(getattr(value, name))
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _sources(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _sources(item)

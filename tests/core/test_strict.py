@@ -1,0 +1,142 @@
+"""The door: every wrong key or value is named with its path, and a near word is suggested."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import Field, field_validator
+
+from solera_core.errors import ConfigError
+from solera_core.strict import Strict, did_you_mean, load_yaml, parse
+
+
+class Inner(Strict):
+    density: float = Field(default=1.0, ge=0, le=1)
+
+
+class Outer(Strict):
+    merge_method: str
+    parameters: Inner = Inner()
+    models: list[Inner] = Field(default_factory=list[Inner])
+    by_name: dict[str, Inner] = Field(default_factory=dict[str, Inner])
+    step: int = Field(default=1, alias="step-size")
+
+    @field_validator("merge_method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value != "ties":
+            raise ValueError(f"unknown method {value!r}{did_you_mean(value, ['ties'])}")
+        return value
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({}, "r.yml: merge_method: field required"),
+    ({"merge_method": "tise"}, r"r.yml: merge_method: unknown method 'tise' \(did you mean 'ties'\?\)"),
+    ({"merge_method": "ties", "paramters": {}}, r"r.yml: paramters: unknown key \(did you mean 'parameters'\?\)"),
+    (
+        {"merge_method": "ties", "xyz": 1},
+        r"xyz: unknown key \(known: by_name, merge_method, models, parameters, step-size\)",
+    ),
+    (
+        {"merge_method": "ties", "parameters": {"densty": 1}},
+        r"parameters\.densty: unknown key \(did you mean 'density'\?\)",
+    ),
+    (
+        {"merge_method": "ties", "models": [{}, {"densty": 1}]},
+        r"models\.1\.densty: unknown key \(did you mean 'density'\?\)",
+    ),
+    (
+        {"merge_method": "ties", "by_name": {"a": {"densty": 1}}},
+        r"by_name\.a\.densty: unknown key \(did you mean 'density'\?\)",
+    ),
+    (
+        {"merge_method": "ties", "parameters": {"density": 2}},
+        r"parameters\.density: .*less than or equal to 1 \(given: 2\)",
+    ),
+    ({"merge_method": "ties", "step-size": "a"}, r"step-size: .*valid integer.*\(given: 'a'\)"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), WRONG)
+def test_wrong_input_is_named(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(Outer, data, where="r.yml")
+
+
+def test_every_problem_is_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(Outer, {"merge_method": "tise", "paramters": 1, "step-size": "a"}, where="r.yml")
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("data", [None, [], "x", 3])
+def test_not_a_mapping(data: Any) -> None:
+    with pytest.raises(ConfigError, match=r"r.yml: expected a mapping of keys"):
+        parse(Outer, data, where="r.yml")
+
+
+def test_right_input_is_frozen() -> None:
+    found = parse(Outer, {"merge_method": "ties", "step-size": 3}, where="r.yml")
+    assert (found.step, found.parameters.density) == (3, 1.0)
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(found, "step", 4)  # noqa: B010  # an assignment that type checkers would refuse
+
+
+def test_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "r.yml"
+    file.write_text("a: [1, 2.5, x]\nb: {c: null}\n")
+    assert load_yaml(file) == {"a": [1, 2.5, "x"], "b": {"c": None}}
+    file.write_text('{"a": 1}')
+    assert load_yaml(file) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3\n", r"r\.yml:3: key 'a' is given twice"),
+        ("x:\n  a: 1\n  a: 1\n", r"r\.yml:3: key 'a' is given twice"),
+        ("a: [1\n", r"r\.yml: not valid YAML"),
+        ("a: !!python/object/apply:os.system [ls]\n", "not valid YAML"),
+        ("a: 1\n---\nb: 2\n", "not valid YAML"),
+    ],
+)
+def test_bad_yaml(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "r.yml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_yaml(file)
+
+
+def test_yaml_that_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_yaml(tmp_path / "none.yml")
+    with pytest.raises(ConfigError, match="cannot be read as text"):
+        load_yaml(tmp_path)
+    (tmp_path / "x").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be read as text"):
+        load_yaml(tmp_path / "x")
+
+
+def test_suggestions() -> None:
+    assert did_you_mean("densty", ["density", "weight"]) == " (did you mean 'density'?)"
+    assert did_you_mean("zzz", ["b", "a"]) == " (known: a, b)"
+    assert did_you_mean("zzz", []) == ""
+
+
+class _Circle(Strict):
+    kind: Literal["circle"]
+    radius: int = 1
+
+
+class _Square(Strict):
+    kind: Literal["square"]
+    side: int = 1
+
+
+class _Drawing(Strict):
+    shapes: list[Annotated[_Circle | _Square, Field(discriminator="kind")]]
+
+
+def test_inside_a_union_the_keys_of_the_tagged_model_are_suggested() -> None:
+    with pytest.raises(ConfigError, match=r"shapes.0.square.sid: unknown key \(did you mean 'side'\?\)"):
+        parse(_Drawing, {"shapes": [{"kind": "square", "sid": 2}]}, where="r.yml")

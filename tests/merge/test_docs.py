@@ -1,0 +1,37 @@
+"""docs/merge.md says what is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from solera_core.strict import parse
+from solera_merge.config import MergeConfig
+from solera_merge.methods.catalogue import METHODS
+from solera_merge.methods.signature import REQUIRED
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "merge.md").read_text(encoding="utf-8")
+RECIPES = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.mark.parametrize("text", RECIPES)
+def test_every_recipe_is_valid(text: str) -> None:
+    assert parse(MergeConfig, yaml.safe_load(text), where="docs/merge.md")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_table_of_methods_is_the_catalogue(name: str) -> None:
+    row = next(line for line in TEXT.splitlines() if line.startswith(f"| `{name}` | ") and line.count(" | ") >= 3)
+    listed = re.sub(r"\\\|", "", row).split("|")[3]
+    for parameter in METHODS[name].parameters.values():
+        if parameter.name == "int8_mask":
+            continue  # named below the table
+        shown = f"**{parameter.name}" if parameter.per_model else parameter.name
+        assert shown in listed
+        if parameter.default is REQUIRED:
+            assert f"{shown}!" in listed
+        else:
+            default = str(parameter.default).lower() if parameter.kind is bool else f"{parameter.default:g}"
+            assert re.search(rf"{parameter.name}\**\s*= {default}", listed)
+    assert METHODS[name].reference in row or name == "passthrough"

@@ -1,0 +1,23 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from solera_merge.block import CHUNK_ELEMENTS
+from solera_merge.reduction import norms_and_dot
+
+
+def test_block_size_changes_no_bit_of_the_sums(in_memory: Any) -> None:
+    """In float64, where another order of adding shows at once."""
+    a, b = np.random.default_rng(0).standard_normal((2, 40 * CHUNK_ELEMENTS + 5)).astype(np.float32)
+    results = {norms_and_dot(in_memory([b], a, chunks * CHUNK_ELEMENTS)) for chunks in (1, 2, 3, 7, 100)}
+    assert len(results) == 1
+
+
+def test_against_numpy(in_memory: Any) -> None:
+    a, b = np.random.default_rng(0).standard_normal((2, 10_000)).astype(np.float32)
+    norm_a, norm_b, dot = norms_and_dot(in_memory([b], a))
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    assert norm_a == pytest.approx(np.linalg.norm(wide_a), rel=1e-14)
+    assert norm_b == pytest.approx(np.linalg.norm(wide_b), rel=1e-14)
+    assert dot == pytest.approx(wide_a @ wide_b, rel=1e-12)

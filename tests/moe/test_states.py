@@ -1,0 +1,106 @@
+"""The statistics are of exactly what the routers of the finished MoE read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from solera_core.causal_lm import load_model
+from solera_core.checkpoint import open_checkpoint
+from solera_core.context import Context
+from solera_core.errors import CheckpointError
+from solera_core.progress import Silent
+from solera_merge.moe.calibration import Sequences
+from solera_merge.moe.dense import read_dense
+from solera_merge.moe.mixtral import router_module
+from solera_merge.moe.routing import first_choices, forced_route, mean_nll
+from solera_merge.moe.states import batches, router_statistics
+
+
+def sequences(lengths: list[int], seed: int) -> Sequences:
+    draw = np.random.default_rng(seed)
+    ids = tuple(tuple(int(t) for t in draw.integers(0, 304, size=n)) for n in lengths)
+    return Sequences(ids, tuple((True,) * n for n in lengths))
+
+
+def test_batches_keep_every_token_in_order() -> None:
+    text = sequences([400, 400, 400, 400, 400, 7], 0)
+    found = [ids for ids, _ in batches(text)]
+    assert [tuple(ids.shape) for ids in found] == [(2, 400), (2, 400), (1, 400), (1, 7)]
+    assert [t for ids in found for t in ids.flatten().tolist()] == [t for s in text.ids for t in s]
+
+
+def test_statistics_are_of_what_the_built_routers_read(
+    siblings: dict[str, Path], tmp_path: Path, build: Callable[..., Path]
+) -> None:
+    names = ("a", "b")
+    out = build(tmp_path / "moe", siblings["base"], {n: siblings[n] for n in names})
+    experts = [read_dense(n, open_checkpoint(siblings[n], Context())) for n in names]
+    text = [sequences([40, 40, 9], 1), sequences([40, 12], 2)]
+    found = router_statistics(load_model(siblings["base"]), experts, text, progress=Silent())
+    assert len(found) == 2
+
+    # The other road: run the built MoE with every token sent to the domain's expert, and watch the routers' inputs.
+    moe = load_model(out)
+    for layer in (0, 1):
+        gram, sums = np.zeros((32, 32)), np.zeros((2, 32))
+        for e, domain in enumerate(text):
+            seen: list[Any] = []
+            handle = router_module(moe, layer).register_forward_pre_hook(
+                lambda module, inputs, seen=seen: seen.append(inputs[0].detach().reshape(-1, 32).double().numpy())
+            )
+            with forced_route(moe, e):
+                mean_nll(moe, domain)
+            handle.remove()
+            x = np.concatenate(seen)
+            assert len(x) == domain.tokens
+            gram += x.T @ x
+            sums[e] += x.sum(axis=0)
+        np.testing.assert_allclose(found[layer].gram, gram, rtol=1e-5, atol=1e-3)
+        np.testing.assert_allclose(found[layer].sums, sums, rtol=1e-5, atol=1e-3)
+        assert found[layer].counts.tolist() == [89, 52]
+    # and another expert's networks would give other states in layer 1, so the comparison can fail
+    swapped = router_statistics(load_model(siblings["base"]), experts[::-1], text, progress=Silent())
+    np.testing.assert_allclose(swapped[0].gram, found[0].gram, rtol=1e-5, atol=1e-3)
+    assert np.abs(swapped[1].gram - found[1].gram).max() > 1
+
+
+def test_nan_states_name_layer_and_domain(siblings: dict[str, Path]) -> None:
+    import torch
+
+    model = load_model(siblings["base"])
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.self_attn.q_proj.weight").fill_(float("nan"))
+    expert = read_dense("expert 'a'", open_checkpoint(siblings["a"], Context()))
+    with pytest.raises(CheckpointError, match="expert 'a': its text gives states that are NaN or infinite at layer 1"):
+        router_statistics(model, [expert], [sequences([20], 0)], progress=Silent())
+
+
+def test_mean_nll_is_the_loss_of_transformers(siblings: dict[str, Path]) -> None:
+    import torch
+
+    model = load_model(siblings["base"])
+    text = sequences([50], 3)
+    ids = torch.tensor(text.ids)
+    with torch.inference_mode():
+        expected = float(model(input_ids=ids, labels=ids).loss)
+    assert mean_nll(model, text) == pytest.approx(expected, rel=1e-6)
+    # unscored tokens do not count
+    half = Sequences(text.ids, ((False,) * 25 + (True,) * 25,))
+    labels = torch.where(torch.tensor(half.targets), ids, -100)
+    with torch.inference_mode():
+        expected = float(model(input_ids=ids, labels=labels).loss)
+    assert mean_nll(model, half) == pytest.approx(expected, rel=1e-6)
+
+
+def test_first_choices_count_every_token_once_a_layer(
+    siblings: dict[str, Path], tmp_path: Path, build: Callable[..., Path]
+) -> None:
+    model = load_model(build(tmp_path / "moe", siblings["base"], {n: siblings[n] for n in "abc"}))
+    text = sequences([30, 30, 4], 4)
+    with first_choices(model, 3) as counts:
+        mean_nll(model, text)
+    assert counts.sum(axis=1).tolist() == [64, 64]
+    assert (counts > 0).all()  # a random router sends some everywhere

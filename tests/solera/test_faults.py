@@ -1,0 +1,116 @@
+"""Faults seen from the command line: the exit code, one message that says what to do, and nothing left behind."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from solera.cli import main
+
+COMMAND = [sys.executable, "-m", "solera"]
+
+
+@pytest.fixture
+def config(siblings: dict[str, Path], tmp_path: Path) -> Path:
+    file = tmp_path / "merge.yml"
+    models = [{"model": str(siblings[m]), "parameters": {"weight": 1}} for m in "ab"]
+    file.write_text(json.dumps({"merge_method": "linear", "models": models}))
+    return file
+
+
+def nothing_at(out: Path) -> bool:
+    return not [p.name for p in out.parent.iterdir() if out.name in p.name]
+
+
+def test_too_little_disk_is_found_before_work(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("solera_core.staging.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    assert main(["merge", str(config), str(tmp_path / "out"), "-q"]) == 4
+    assert "free some space" in capsys.readouterr().err
+    assert nothing_at(tmp_path / "out")
+
+
+def _small_files() -> None:
+    """No file may grow past 20 kB; the process is told so by an error, not killed."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_disk_that_fills_up_while_writing(config: Path, tmp_path: Path) -> None:
+    """The kernel refuses to let any file grow past 20 kB, as a full disk would."""
+    done = subprocess.run(
+        [*COMMAND, "merge", str(config), str(tmp_path / "out"), "-q"],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=_small_files,
+    )
+    assert done.returncode == 4, done.stderr
+    assert "Traceback" not in done.stderr
+    assert nothing_at(tmp_path / "out")
+
+
+def test_kill_at_any_moment_leaves_the_target_absent_or_whole(config: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    subprocess.run([*COMMAND, "merge", str(config), str(tmp_path / "first"), "-q"], check=True)
+    whole_s = time.monotonic() - started
+    seen = set()
+    for i in range(6):
+        out = tmp_path / f"killed{i}"
+        process = subprocess.Popen([*COMMAND, "merge", str(config), str(out), "-q"])
+        time.sleep(whole_s * (i + 0.7) / 6)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        seen.add(out.exists())
+        if out.exists():
+            assert main(["verify", str(out), "-q"]) == 0
+        else:
+            assert main(["merge", str(config), str(out), "-q"]) == 0  # the next run starts clean
+        assert (out / "model.safetensors").read_bytes() == (tmp_path / "first" / "model.safetensors").read_bytes()
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(f".killed{i}")] == []
+    assert False in seen  # at least one kill came before the end
+
+
+def test_no_tokenizer(
+    siblings: dict[str, Path], tmp_path: Path, write_jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(siblings["a"], bare, ignore=lambda _, names: [n for n in names if "token" in n])
+    data = write_jsonl(tmp_path / "x.jsonl", [{"text": "a few words"}])
+    recipe = tmp_path / "tune.yml"
+    recipe.write_text(json.dumps({"model": str(bare), "data": str(data), "tokens": 100}))
+    assert main(["tune", str(recipe), str(tmp_path / "out"), "-q"]) == 3
+    assert "tokenizer" in capsys.readouterr().err
+    suite = tmp_path / "suite.yml"
+    suite.write_text(json.dumps({"suite": "s", "tasks": [{"name": "t", "kind": "text", "data": str(data)}]}))
+    assert main(["eval", str(bare), "--suite", str(suite), "--out", str(tmp_path / "ev"), "-q"]) == 3
+    assert "tokenizer" in capsys.readouterr().err
+    assert nothing_at(tmp_path / "out")
+    assert nothing_at(tmp_path / "ev")
+
+
+def test_code_in_a_checkpoint_does_not_run(
+    siblings: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "coded"
+    shutil.copytree(siblings["a"], model)
+    content = json.loads((model / "config.json").read_text())
+    content["auto_map"] = {"AutoModelForCausalLM": "modeling.Evil"}
+    (model / "config.json").write_text(json.dumps(content))
+    (model / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    file = tmp_path / "m.yml"
+    models = [{"model": str(m), "parameters": {"weight": 1}} for m in (model, siblings["b"])]
+    file.write_text(json.dumps({"merge_method": "linear", "models": models}))
+    assert main(["merge", str(file), str(tmp_path / "out"), "-q"]) == 3
+    assert "modeling.Evil" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    assert nothing_at(tmp_path / "out")
