@@ -120,6 +120,7 @@ def staged(target: Path, *, overwrite: bool = False, resume_key: str | None = No
         for folder in made:  # a failed run leaves no empty parents behind either
             with contextlib.suppress(OSError):
                 folder.rmdir()
+    _fsync(target.parent)  # after the lock is gone, so that a kill during a slow flush leaves no lock file beside the target
 
 
 def _lock(lock_file: Path, target: Path) -> int:
@@ -150,7 +151,6 @@ def _become(staging: Path, target: Path, *, overwrite: bool) -> None:
         if target.exists():
             target.rmdir()
         staging.rename(target)
-    _fsync(target.parent)
 
 
 def _exchange(a: Path, b: Path) -> None:
