@@ -120,7 +120,8 @@ def staged(target: Path, *, overwrite: bool = False, resume_key: str | None = No
         for folder in made:  # a failed run leaves no empty parents behind either
             with contextlib.suppress(OSError):
                 folder.rmdir()
-    _fsync(target.parent)  # after the lock is gone, so that a kill during a slow flush leaves no lock file beside the target
+    # After the lock is gone, so that a kill during a slow flush leaves no lock file beside the target.
+    _fsync(target.parent)
 
 
 def _lock(lock_file: Path, target: Path) -> int:

@@ -77,7 +77,7 @@ def test_kill_at_any_moment_leaves_the_target_absent_or_whole(config: Path, tmp_
             assert main(["merge", str(config), str(out), "-q"]) == 0  # the next run starts clean
         assert (out / "model.safetensors").read_bytes() == (tmp_path / "first" / "model.safetensors").read_bytes()
         if (tmp_path / f".killed{i}.solera-lock").exists():
-            # Killed between the rename and the unlink of the lock: the empty file locks nothing, the next run removes it.
+            # Killed between the rename and the unlink of the lock, which locks nothing now: the next run removes it.
             assert main(["merge", str(config), str(out), "--overwrite", "-q"]) == 0
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith(f".killed{i}")] == []
     assert False in seen  # at least one kill came before the end
