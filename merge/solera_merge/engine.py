@@ -8,6 +8,8 @@ journal will record: when it returns, its tensor is complete in the output.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from solera_core.checkpoint import Checkpoint
 from solera_core.errors import CheckpointError
 from solera_core.progress import Progress
 from solera_core.writer import CheckpointWriter
-from solera_merge.block import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Block, Float32
+from solera_merge.block import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Block, Float32, Unit, block_starts
 from solera_merge.methods.catalogue import METHODS
 from solera_merge.plan import COPY, SourceTensor, TensorPlan
 
@@ -53,10 +55,13 @@ def execute(
             with lock:
                 task.advance(amount)
 
-        def work(tensor: TensorPlan) -> None:
-            merge_tensor(tensor, checkpoints, writer, advance, block_elements=block_elements)
-
         try:
+            findings = _survey(tensors, checkpoints, advance, block_elements)
+
+            def work(tensor: TensorPlan) -> None:
+                finding = findings.get(tensor.name)
+                merge_tensor(tensor, checkpoints, writer, advance, finding=finding, block_elements=block_elements)
+
             largest_first = sorted(tensors, key=lambda tensor: -tensor.spec.nbytes)
             futures = [pool.submit(work, tensor) for tensor in largest_first]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -75,9 +80,18 @@ def merge_tensor(
     writer: CheckpointWriter,
     advance: Callable[[int], None] = lambda _: None,
     *,
+    finding: Any = None,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> None:
-    """Merge one tensor, completely. `advance` is told the bytes of input that are done.
+    """Merge one tensor, completely.
+
+    Args:
+        tensor: its plan.
+        checkpoints: the models, in the order of the plan.
+        writer: gets the result.
+        advance: told the bytes of input that are done.
+        finding: what the method's survey over the whole model found for this tensor.
+        block_elements: elements a block; a multiple of CHUNK_ELEMENTS.
 
     Raises:
         CheckpointError: naming the model's file, the tensor and the place of a NaN or infinity; or a tensor that should
@@ -94,10 +108,28 @@ def merge_tensor(
     item_bytes = sum(checkpoints[s.model].tensors[s.name].nbytes for s in tensor.sources) / max(streamed.size, 1)
     # An overflow is no warning here: the writer refuses what is not finite, by name.
     with np.errstate(over="ignore", invalid="ignore"):
-        formula = method.function(streamed, **keywords)
-        for block in streamed.blocks():
+        formula = method.function(streamed, *([] if method.survey is None else [finding]), **keywords)
+        for block in streamed.blocks(method.unit):
             writer.write_flat(tensor.name, block.start, formula(block))
             advance(round(item_bytes * block.models[0].size))
+
+
+def _survey(
+    tensors: Sequence[TensorPlan],
+    checkpoints: Sequence[Checkpoint],
+    advance: Callable[[int], None],
+    block_elements: int,
+) -> dict[str, Any]:
+    """What the methods' surveys over the whole model find, by tensor; empty for methods without one."""
+    findings: dict[str, Any] = {}
+    for name in dict.fromkeys(tensor.method for tensor in tensors if tensor.method != COPY):
+        survey = METHODS[name].survey
+        if survey is not None:
+            mine = [tensor for tensor in tensors if tensor.method == name]
+            streams = [_Streamed(tensor, checkpoints, block_elements, advance) for tensor in mine]
+            found = survey(streams, [tensor.parameters for tensor in mine])
+            findings.update(zip((tensor.name for tensor in mine), found, strict=True))
+    return findings
 
 
 class _Streamed:
@@ -111,6 +143,7 @@ class _Streamed:
         advance: Callable[[int], None],
     ) -> None:
         self.size = tensor.spec.size
+        self.shape = tensor.shape
         self.keys = tensor.keys
         self._tensor = tensor
         self._checkpoints = checkpoints
@@ -118,9 +151,8 @@ class _Streamed:
         self._advance = advance
         self._checked = False
 
-    def blocks(self) -> Iterator[Block]:
-        for start in range(0, self.size, self._step):
-            stop = min(start + self._step, self.size)
+    def blocks(self, unit: Unit = "elements") -> Iterator[Block]:
+        for start, stop in pairwise(block_starts(self.shape, unit, self._step)):
             base = None if self._tensor.base is None else self._read(self._tensor.base, start, stop)
             self._advance(0)  # raises when another thread has failed
             yield Block(start, base, tuple(self._read(source, start, stop) for source in self._tensor.models))

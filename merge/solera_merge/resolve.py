@@ -95,13 +95,13 @@ def _check_weights(
         size = sum(map(abs, weights))
         if size == 0:
             zero.append(target.name)
-        elif values["normalize"] and abs(sum(weights)) <= 1e-8 * size:
+        elif values.get("normalize", method.normalizes) and abs(sum(weights)) <= 1e-8 * size:
             cancelling.append(target.name)
     if cancelling:
         problems.config(
             f"parameters.weight: the weights of {some(cancelling)} sum to 0, and normalize divides by their sum; "
             "change a weight or set `normalize: false`"
         )
-    if zero and (method.base == "unused" or len(zero) == len(targets)):
-        result = "zero" if method.base == "unused" else "the base itself"
+    if zero and (method.base != "required" or len(zero) == len(targets)):
+        result = "the base itself" if method.base == "required" else "zero"
         problems.config(f"parameters.weight: all weights of {some(zero)} are 0, so the result would be {result}")

@@ -66,7 +66,7 @@ def runs_of(config: MergeConfig, models: Models) -> list[Run]:
     if config.models is not None:
         entries: list[Entry] = [(m.model, None, m.parameters) for m in config.models]
         if config.base_model is not None and not _listed(config.base_model, entries, models):
-            if config.method.base == "required":
+            if config.method.base != "unused":
                 entries.append((config.base_model, None, {}))
             else:
                 problems.config(
@@ -112,7 +112,7 @@ def _run(
         sources.append(Source(model, layers[0] if layers else 0, own, f"{where}.{i}"))
         if layers is not None and (problem := _range_problem(models.checkpoints[model], layers)):
             problems.config(f"{where}.{i}.layer_range: {ref!r} {problem}")
-    base = models.index[base_ref] if base_ref is not None and method.base == "required" else None
+    base = models.index[base_ref] if base_ref is not None and method.base != "unused" else None
     if method.base == "required" and base is None:
         problems.config(f"base_model: {method.name} needs one (the model that the others were made from)")
     elif base is not None and base not in seen:
@@ -120,15 +120,21 @@ def _run(
     others = [source for source in sources if source.model != base]
     if not others:
         problems.config(f"{where}: only the base is listed; {method.name} needs at least one model besides it")
-    elif method.most_models is not None and len(sources) > method.most_models + (method.base == "required"):
-        wanted = "exactly two models, the base and one other" if method.base == "required" else "exactly one model"
-        found = f"{len(sources)} found: {some([entry[0] for entry in entries])}"
-        problems.config(f"{where}: {method.name} needs {wanted}; {found}")
+    elif not method.fewest_models <= len(others) <= (method.most_models or len(others)):
+        found = f"{len(others)} found: {some([entry[0] for entry in entries if models.index[entry[0]] != base])}"
+        problems.config(f"{where}: {method.name} needs {_wanted(method)}; {found}")
     for source in sources:
         if source.model == base and source.parameters:
             named = some(list(source.parameters))
             problems.config(f"{source.where}.parameters: {named} has no effect on the base of {method.name}; remove it")
     return Run(tuple(sources), base, length, parameters)
+
+
+def _wanted(method: Method) -> str:
+    few, most = method.fewest_models, method.most_models
+    number = f"exactly {few}" if few == most else f"at least {few}" if most is None else f"{few} to {most}"
+    noun = "model" if most == 1 or (most is None and few == 1) else "models"
+    return f"{number} {noun}" + (" besides the base" if method.base == "required" else "")
 
 
 def _range_problem(checkpoint: Checkpoint, layers: tuple[int, int]) -> str | None:

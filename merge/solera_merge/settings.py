@@ -63,8 +63,8 @@ Setting = Annotated[
         {
             "$comment": "scalar, gradient (list over the layers), or list of {filter, value}",
             "anyOf": [
-                {"type": ["number", "boolean"]},
-                {"type": "array", "items": {"type": ["number", "boolean"]}, "minItems": 1},
+                {"type": ["number", "boolean", "string"]},
+                {"type": "array", "items": {"type": ["number", "boolean", "string"]}, "minItems": 1},
                 {
                     "type": "array",
                     "items": {
@@ -86,7 +86,7 @@ def evaluate(setting: Any, parameter: Parameter, tensor: str, t: float) -> Any:
 
     Args:
         setting: as `Setting`.
-        parameter: gives the type; numbers are interpolated, booleans take the entry at or before `t`.
+        parameter: gives the type; floats are interpolated, all else takes the entry at or before `t`.
         tensor: name of the tensor.
         t: place of the layer within its slice, 0 to 1.
 
@@ -99,7 +99,7 @@ def evaluate(setting: Any, parameter: Parameter, tensor: str, t: float) -> Any:
         values = [parameter.validate(v) for v in value]
         place = t * (len(values) - 1)
         left = int(place)
-        if parameter.kind is bool:
+        if parameter.kind is not float:
             return values[left]
         right = min(left + 1, len(values) - 1)
         share = place - left

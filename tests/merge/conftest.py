@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.strict import parse
 from solera_core.writer import CheckpointWriter, TensorSpec
-from solera_merge.block import CHUNK_ELEMENTS, Block
+from solera_merge.block import CHUNK_ELEMENTS, Block, Unit, block_starts
 from solera_merge.config import MergeConfig
-from solera_merge.methods.catalogue import METHODS
+from solera_merge.methods.catalogue import METHODS, Method
 
 F32 = npt.NDArray[np.float32]
 
@@ -25,21 +26,31 @@ F32 = npt.NDArray[np.float32]
 class InMemory:
     """`solera_merge.block.Tensor` over arrays."""
 
-    models: Sequence[F32]
+    models: Sequence[F32]  # shaped
     base: F32 | None = None
     step: int = CHUNK_ELEMENTS
     keys: tuple[int, ...] = field(default=())
     passes: int = 0
 
     def __post_init__(self) -> None:
+        self.shape = self.models[0].shape
         self.size = self.models[0].size
+        self.models = [m.reshape(-1) for m in self.models]
+        self.base = None if self.base is None else self.base.reshape(-1)
         self.keys = self.keys or tuple(range(1, len(self.models) + 1))
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self, unit: Unit = "elements") -> Iterator[Block]:
         self.passes += 1
-        for start in range(0, self.size, self.step):
-            cut = slice(start, start + self.step)
+        for start, stop in pairwise(block_starts(self.shape, unit, self.step)):
+            cut = slice(start, stop)
             yield Block(start, None if self.base is None else self.base[cut], tuple(m[cut] for m in self.models))
+
+
+def _by_recipe_name(method: Method, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as the plan resolves them: every one, by its name in a recipe."""
+    return {
+        p.name: keywords.get(p.keyword, (p.default,) if p.per_model else p.default) for p in method.parameters.values()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -62,8 +73,10 @@ def apply() -> Callable[..., F32]:
     ) -> F32:
         arrays = [np.asarray(m, np.float32) for m in models]
         tensor = InMemory(arrays, None if base is None else np.asarray(base, np.float32), step, keys)
-        formula = METHODS[method].function(tensor, **parameters)
-        return np.concatenate([formula(block) for block in tensor.blocks()])
+        entry = METHODS[method]
+        finding = [] if entry.survey is None else list(entry.survey([tensor], [_by_recipe_name(entry, parameters)]))
+        formula = entry.function(tensor, *finding, **parameters)
+        return np.concatenate([formula(block) for block in tensor.blocks(entry.unit)])
 
     return run
 

@@ -263,10 +263,10 @@ def test_layers_of_different_sizes_cannot_be_stacked(
         (TASK | {"models": ["base"]}, "only the base is listed"),
         (
             {"merge_method": "slerp", "base_model": "base", "models": ["a", "b"], "parameters": {"t": 0.5}},
-            "slerp needs exactly two models, the base and one other; 3 found: 'a', 'b', 'base'",
+            "slerp needs exactly 1 model besides the base; 2 found: 'a', 'b'",
         ),
         ({"merge_method": "slerp", "base_model": "a", "models": ["a", "b"]}, "slerp needs `t`"),
-        ({"merge_method": "passthrough", "models": ["a", "b"]}, "passthrough needs exactly one model; 2 found"),
+        ({"merge_method": "passthrough", "models": ["a", "b"]}, "passthrough needs exactly 1 model; 2 found"),
         (
             LINEAR | {"models": ["a", "b"], "base_model": "base"},
             "base_model: linear has no base; list 'base' under `models`",

@@ -1,12 +1,12 @@
 """Every merge method, one line each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
-from solera_merge.block import Formula
+from solera_merge.block import Formula, Tensor, Unit
 from solera_merge.methods.dare_ties import dare_ties
 from solera_merge.methods.linear import linear
 from solera_merge.methods.passthrough import passthrough
@@ -25,16 +25,26 @@ class Method:
     Attributes:
         name: as in a recipe.
         function: tensor and parameters -> formula; its keyword-only parameters are the schema.
-        base: `required`: the base takes part in the formula and is no model; `unused`: it is a model like any other.
-        most_models: besides a required base; None: any number.
+        base: `required`: the base takes part in the formula and is no model; `optional`: so it does where the recipe
+            names one; `unused`: it is a model like any other.
+        most_models: besides the base; None: any number.
         reference: arXiv id, or where the method comes from.
+        fewest_models: besides the base.
+        unit: what the formula must see in one block; see `solera_merge.block.Unit`.
+        normalizes: the weights are divided by their sum always, not only when `normalize` says so.
+        survey: for quantities over all tensors of the model: (every tensor, the parameters of each) -> for every
+            tensor what `function` gets as second argument. None: the method needs no such thing.
     """
 
     name: str
     function: Callable[..., Formula]
-    base: Literal["required", "unused"]
+    base: Literal["required", "optional", "unused"]
     most_models: int | None
     reference: str
+    fewest_models: int = 1
+    unit: Unit = "elements"
+    normalizes: bool = False
+    survey: Callable[[Sequence[Tensor], Sequence[Mapping[str, Any]]], Sequence[Any]] | None = None
 
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:

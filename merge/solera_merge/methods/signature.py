@@ -10,7 +10,7 @@ import inspect
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -38,7 +38,7 @@ class Parameter:
         name: as in a recipe.
         keyword: as in the signature.
         per_model: one value a model, else one for all.
-        kind: `float` or `bool`.
+        kind: `float`, `int`, `bool` or `str`.
         default: one value, or `REQUIRED`.
         adapter: checks one value.
     """
@@ -53,9 +53,8 @@ class Parameter:
     def validate(self, value: Any) -> Any:
         """One checked value. Raises ValueError saying what is wrong with it."""
         if isinstance(value, bool) != (self.kind is bool):
-            raise ValueError(
-                f"`{self.name}` must be {'true or false' if self.kind is bool else 'a number'}, not {value!r}"
-            )
+            wanted = {bool: "true or false", str: "a word"}.get(self.kind, "a number")
+            raise ValueError(f"`{self.name}` must be {wanted}, not {value!r}")
         try:
             return self.adapter.validate_python(value)
         except ValidationError as e:
@@ -76,6 +75,8 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
         if argument.default is not inspect.Parameter.empty:
             default = argument.default[0] if per_model else argument.default
         kind = typing.get_args(item)[0] if typing.get_origin(item) is Annotated else item
+        if typing.get_origin(kind) is Literal:
+            kind = str
         found[keyword.rstrip("_")] = Parameter(
             keyword.rstrip("_"), keyword, per_model, kind, default, TypeAdapter(item)
         )
