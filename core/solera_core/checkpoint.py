@@ -7,7 +7,7 @@ every listed tensor is there in full, every tensor there is listed, and no byte 
 import copy
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -24,9 +24,10 @@ from solera_core.dtypes import FLOATS, to_float32
 from solera_core.errors import CheckpointError
 from solera_core.headers import TensorInfo
 from solera_core.hub import resolve, split_adapter
+from solera_core.ranges import RangeReader
 from solera_core.shards import find_weights
 from solera_core.sidecars import find_sidecars
-from solera_core.sources import Source, open_source
+from solera_core.sources import SafetensorsSource, Source, open_source
 
 __all__ = ["Checkpoint", "TensorInfo", "locate", "open_checkpoint", "read_config"]
 
@@ -107,6 +108,20 @@ class Checkpoint:
     def is_overlaid(self, name: str) -> bool:
         """Whether an adapter changes this tensor (then `read_raw` is refused)."""
         return any(name in adapter.names for adapter in self._adapters)
+
+    def is_plain(self, name: str, dtypes: Collection[str]) -> bool:
+        """Whether a tensor's value is just the bytes in its file, in one of `dtypes`; `reader` gives that file."""
+        plain = isinstance(self._source, SafetensorsSource) and not self.is_overlaid(name)
+        return plain and self.tensors[name].dtype in dtypes
+
+    def reader(self, name: str) -> RangeReader | None:
+        """The file of a tensor, open for many reads at the offsets of `tensors[name]`.
+
+        None where no file holds its plain value: it is pickled, or an adapter changes it.
+        """
+        if self.is_overlaid(name) or not isinstance(self._source, SafetensorsSource):
+            return None
+        return self._source.reader(self.tensors[name])
 
     def digest(self) -> str:
         """`blake3:...` over config and every tensor, whatever the shards; and over the adapters.

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from solera_core.dtypes import ITEM_BYTES
 from solera_core.headers import TensorInfo
-from solera_core.ranges import read_range
+from solera_core.ranges import RangeReader, read_range, stamp
 from solera_core.shards import Weights, read_headers
 
 __all__ = ["SafetensorsSource", "Source", "open_source"]
@@ -25,15 +25,26 @@ class Source(Protocol):
 
 
 class SafetensorsSource:
-    """Reads ranges of safetensors files by position."""
+    """Reads ranges of safetensors files by position.
+
+    Attributes:
+        tensors: by name.
+        stamps: of every file, taken when its header was read. A file that changes later is refused.
+    """
 
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
         self.tensors = tensors
+        self.stamps = {file: stamp(file) for file in {info.file for info in tensors.values()}}
 
     def read_raw(self, info: TensorInfo, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """The stored bytes of elements [start, stop), a new array."""
         width = ITEM_BYTES[info.dtype]
-        return read_range(info.file, info.begin + start * width, info.begin + stop * width)
+        begin, end = info.begin + start * width, info.begin + stop * width
+        return read_range(info.file, begin, end, self.stamps[info.file])
+
+    def reader(self, info: TensorInfo) -> RangeReader:
+        """The file of a tensor, open for many reads; its offsets are those of `info`."""
+        return RangeReader(info.file, self.stamps[info.file])
 
 
 def open_source(weights: Weights) -> Source:

@@ -192,8 +192,11 @@ class CheckpointWriter:
                 block = flat[at : at + _BLOCK]
                 self._put(slot, from_float32(block, slot.spec.dtype), block)
 
-    def write_raw(self, name: str, start: int, raw: npt.NDArray[np.uint8]) -> None:
-        """Write bytes as they are at element offset `start`; NaN and infinity are refused here too."""
+    def write_raw(self, name: str, start: int, raw: npt.NDArray[np.uint8], *, checked: bool = False) -> None:
+        """Write bytes as they are at element offset `start`; NaN and infinity are refused here too.
+
+        `checked`: the caller has made sure that all values are finite.
+        """
         if raw.dtype != np.uint8:
             raise ValueError(f"tensor {name}: raw blocks are uint8, found {raw.dtype}")
         flat = np.ascontiguousarray(raw).reshape(-1)
@@ -202,7 +205,7 @@ class CheckpointWriter:
             raise ValueError(f"tensor {name}: {flat.size} bytes are no whole number of {width}-byte elements")
         with self._turn(name, start, flat.size // width) as slot:
             for at in range(0, flat.size, _BLOCK * 4):
-                self._put(slot, flat[at : at + _BLOCK * 4], None)
+                self._put(slot, flat[at : at + _BLOCK * 4], None, checked=checked)
 
     def finish(self) -> dict[str, str]:
         """Write the index where there are several shards, close the files; `{tensor: "blake3:<hex>"}` in order.
@@ -251,9 +254,16 @@ class CheckpointWriter:
                 )
             yield slot
 
-    def _put(self, slot: _Slot, raw: npt.NDArray[np.uint8], values: npt.NDArray[np.float32] | None) -> None:
+    def _put(
+        self,
+        slot: _Slot,
+        raw: npt.NDArray[np.uint8],
+        values: npt.NDArray[np.float32] | None,
+        *,
+        checked: bool = False,
+    ) -> None:
         spec = slot.spec
-        if bad := nonfinite(raw, spec.dtype):
+        if not checked and (bad := nonfinite(raw, spec.dtype)):
             if values is not None and np.isfinite(values).all():
                 largest = float(np.abs(values).max())
                 raise CheckpointError(

@@ -27,7 +27,7 @@ Unit: TypeAlias = Literal["elements", "rows", "tensor"]
 A row is the last axis; of a vector the whole, of a scalar its one element.
 """
 
-BLOCK_ELEMENTS = 32 * CHUNK_ELEMENTS
+BLOCK_ELEMENTS = 16 * CHUNK_ELEMENTS
 """Elements a block: 0.5 MB of float32 a source, which stays in the second-level cache (64k to 128k measured best)."""
 
 

@@ -8,18 +8,24 @@ journal will record: when it returns, its tensor is complete in the output.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from solera_core.checkpoint import Checkpoint
+from solera_core.checkpoint import Checkpoint, TensorInfo
+from solera_core.dtypes import ITEM_BYTES
 from solera_core.errors import CheckpointError
 from solera_core.progress import Progress
+from solera_core.ranges import RangeReader
 from solera_core.writer import CheckpointWriter
 from solera_merge.block import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Block, Float32, Unit, block_starts
 from solera_merge.methods.catalogue import METHODS
 from solera_merge.plan import COPY, SourceTensor, TensorPlan
+
+if TYPE_CHECKING:
+    from solera_merge.fused import RawBlock
 
 __all__ = ["execute", "merge_tensor"]
 
@@ -102,6 +108,22 @@ def merge_tensor(
     if tensor.method == COPY:
         _copy(tensor, checkpoints, writer, advance, block_elements)
         return
+    if finding is None and _is_plain(tensor, checkpoints):
+        _merge_raw(tensor, checkpoints, writer, advance, block_elements)
+        return
+    _merge_blocks(tensor, checkpoints, writer, advance, finding, block_elements)
+
+
+def _merge_blocks(
+    tensor: TensorPlan,
+    checkpoints: Sequence[Checkpoint],
+    writer: CheckpointWriter,
+    advance: Callable[[int], None],
+    finding: Any,
+    block_elements: int,
+    first: int = 0,
+) -> None:
+    """Through the readable formula, from the block that begins at `first` on."""
     streamed = _Streamed(tensor, checkpoints, block_elements, advance)
     method = METHODS[tensor.method]
     keywords = {method.parameters[name].keyword: value for name, value in tensor.parameters.items()}
@@ -110,8 +132,9 @@ def merge_tensor(
     with np.errstate(over="ignore", invalid="ignore"):
         formula = method.function(streamed, *([] if method.survey is None else [finding]), **keywords)
         for block in streamed.blocks(method.unit):
-            writer.write_flat(tensor.name, block.start, formula(block))
-            advance(round(item_bytes * block.models[0].size))
+            if block.start >= first:
+                writer.write_flat(tensor.name, block.start, formula(block))
+                advance(round(item_bytes * block.models[0].size))
 
 
 def _survey(
@@ -130,6 +153,102 @@ def _survey(
             found = survey(streams, [tensor.parameters for tensor in mine])
             findings.update(zip((tensor.name for tensor in mine), found, strict=True))
     return findings
+
+
+def _is_plain(tensor: TensorPlan, checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether a fused twin of the method can work on the stored bytes."""
+    from solera_merge.fused import FUSED
+    from solera_merge.kernels.formats import CODES
+
+    return (
+        tensor.method in FUSED
+        and tensor.dtype in CODES
+        and all(checkpoints[s.model].is_plain(s.name, tuple(CODES)) for s in tensor.sources)
+    )
+
+
+def _merge_raw(
+    tensor: TensorPlan,
+    checkpoints: Sequence[Checkpoint],
+    writer: CheckpointWriter,
+    advance: Callable[[int], None],
+    block_elements: int,
+) -> None:
+    """Through the fused twin of the formula: the same bits, sooner."""
+    from solera_merge.fused import FUSED, NotFiniteError
+    from solera_merge.kernels.formats import CODES
+
+    method = METHODS[tensor.method]
+    keywords = {method.parameters[name].keyword: value for name, value in tensor.parameters.items()}
+    code, width = CODES[tensor.dtype], ITEM_BYTES[tensor.dtype]
+    with _Raw(tensor, checkpoints, block_elements, advance) as raw:
+        out = np.empty(raw.step * width, np.uint8)
+        start = 0
+        try:
+            formula = FUSED[tensor.method](raw, **keywords)
+            for block in raw.blocks():
+                start = block.start
+                if formula(block, out, code):
+                    raise NotFiniteError
+                writer.write_raw(tensor.name, start, out[: block.n * width], checked=True)
+                raw.advance(block)
+            return
+        except NotFiniteError:
+            pass
+    # Something is not finite: the readable formula meets it again and says what and where.
+    _merge_blocks(tensor, checkpoints, writer, advance, None, block_elements, first=start)
+
+
+class _Raw:
+    """`solera_merge.fused.RawTensor` over files: every pass reads anew into the same buffers."""
+
+    def __init__(
+        self,
+        tensor: TensorPlan,
+        checkpoints: Sequence[Checkpoint],
+        step: int,
+        advance: Callable[[int], None],
+    ) -> None:
+        from solera_merge.kernels.formats import CODES
+
+        self.size = tensor.spec.size
+        self.keys = tensor.keys
+        self.step = min(step, max(self.size, 1))
+        self._sources = [(checkpoints[s.model], checkpoints[s.model].tensors[s.name]) for s in tensor.sources]
+        self._codes = np.array([CODES[info.dtype] for _, info in self._sources], np.int64)
+        self._widths = [ITEM_BYTES[info.dtype] for _, info in self._sources]
+        self._rows = np.empty((len(self._sources), self.step * max(self._widths)), np.uint8)
+        self._advance = advance
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._readers = [self._open.enter_context(_reader(c, info)) for c, info in self._sources]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def blocks(self) -> "Iterator[RawBlock]":
+        from solera_merge.fused import RawBlock
+
+        for start in range(0, self.size, self.step):
+            n = min(self.step, self.size - start)
+            for (_, info), reader, row, width in zip(
+                self._sources, self._readers, self._rows, self._widths, strict=True
+            ):
+                reader.read_into(info.begin + start * width, row[: n * width])
+            self._advance(0)  # raises when another thread has failed
+            yield RawBlock(start, n, self._rows, self._codes)
+
+    def advance(self, block: "RawBlock") -> None:
+        """Say that a block is done."""
+        self._advance(block.n * sum(self._widths))
+
+
+def _reader(checkpoint: Checkpoint, info: TensorInfo) -> RangeReader:
+    reader = checkpoint.reader(info.name)
+    assert reader is not None, "only plain tensors are read raw"
+    return reader
 
 
 class _Streamed:

@@ -1,13 +1,17 @@
 """Sums over a whole tensor whose last bit does not depend on blocks or threads."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
 from solera_merge.block import CHUNK_ELEMENTS, Tensor
 
-__all__ = ["norms_and_dot"]
+__all__ = ["LANES", "norms_and_dot", "root_sums"]
+
+LANES = 32
+"""Partial sums of a chunk."""
 
 
 def norms_and_dot(tensor: Tensor) -> tuple[float, float, float]:
@@ -26,12 +30,33 @@ def norms_and_dot(tensor: Tensor) -> tuple[float, float, float]:
         squares_base += _chunk_sums(a * a)
         squares_model += _chunk_sums(b * b)
         products += _chunk_sums(a * b)
+    return root_sums(squares_base, squares_model, products)
+
+
+def root_sums(
+    squares_base: Iterable[float], squares_model: Iterable[float], products: Iterable[float]
+) -> tuple[float, float, float]:
+    """(|base|, |model|, <base, model>) from the sums of the chunks, added exactly: their order does not matter."""
     return math.sqrt(math.fsum(squares_base)), math.sqrt(math.fsum(squares_model)), math.fsum(products)
 
 
 def _chunk_sums(values: npt.NDArray[np.float64]) -> list[float]:
+    """The sums of chunks of 4096: element j goes to lane j mod 32, then the lanes are added in order.
+
+    Lanes are what a compiled kernel can keep in registers (`kernels/norms.py` does the same, bit for bit).
+    """
     whole = values.size // CHUNK_ELEMENTS * CHUNK_ELEMENTS
-    sums: list[float] = np.add.reduce(values[:whole].reshape(-1, CHUNK_ELEMENTS), axis=1).tolist()
+    chunks = values[:whole].reshape(-1, CHUNK_ELEMENTS // LANES, LANES)
+    sums: list[float] = _add_lanes(np.add.reduce(chunks, axis=1)).tolist()
     if whole < values.size:  # only the end of the tensor is not a whole chunk
-        sums.append(float(np.add.reduce(values[whole:])))
+        end = np.zeros(-(-(values.size - whole) // LANES) * LANES)
+        end[: values.size - whole] = values[whole:]
+        sums.append(float(_add_lanes(np.add.reduce(end.reshape(1, -1, LANES), axis=1))[0]))
     return sums
+
+
+def _add_lanes(lanes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    total = lanes[:, 0].copy()
+    for j in range(1, LANES):
+        total += lanes[:, j]
+    return total

@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 from solera_merge.block import Float32, Tensor
 
-__all__ = ["KEEP_ALL", "KEEP_NONE", "Cut", "largest_deltas"]
+__all__ = ["KEEP_ALL", "KEEP_NONE", "LOWER", "UPPER", "Cut", "descend", "kept", "largest_deltas"]
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)  # all but the sign
-_UPPER, _LOWER = 1 << 15, 1 << 16  # bins of the two levels
+UPPER, LOWER = 1 << 15, 1 << 16
+"""Bins of the two levels."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class _Search:
 
     model: int
     k: int
-    upper: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_UPPER, np.int64))
-    lower: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_LOWER, np.int64))
+    upper: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(UPPER, np.int64))
+    lower: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(LOWER, np.int64))
     bin: int = 0
     bits: int = 0
     equal: int = 0  # how many elements have the k-th magnitude
@@ -66,20 +67,18 @@ def largest_deltas(tensor: Tensor, densities: Sequence[float]) -> list[Cut]:
     At least one is kept when the density is positive, as mergekit does. All models are searched in the same passes.
     """
     cuts = {i: KEEP_ALL if d >= 1 else KEEP_NONE for i, d in enumerate(densities)}
-    searches = [
-        _Search(i, max(1, int(d * tensor.size))) for i, d in enumerate(densities) if 0 < d < 1 and tensor.size > 0
-    ]
+    searches = [_Search(i, kept(d, tensor.size)) for i, d in enumerate(densities) if 0 < d < 1 and tensor.size > 0]
     if searches:
         for search, _, magnitude in _pass(tensor, searches):
-            search.upper += np.bincount(magnitude >> 16, minlength=_UPPER)
+            search.upper += np.bincount(magnitude >> 16, minlength=UPPER)
         for search in searches:
-            search.bin, above = _descend(search.upper, search.k)
+            search.bin, above = descend(search.upper, search.k)
             search.wanted = search.k - above
         for search, _, magnitude in _pass(tensor, searches):
             inside = magnitude[magnitude >> 16 == search.bin]
-            search.lower += np.bincount(inside & 0xFFFF, minlength=_LOWER)
+            search.lower += np.bincount(inside & 0xFFFF, minlength=LOWER)
         for search in searches:
-            low, above = _descend(search.lower, search.wanted)
+            low, above = descend(search.lower, search.wanted)
             search.wanted -= above
             search.equal = int(search.lower[low])
             search.bits = search.bin << 16 | low
@@ -87,6 +86,11 @@ def largest_deltas(tensor: Tensor, densities: Sequence[float]) -> list[Cut]:
     for search in searches:
         cuts[search.model] = Cut(search.bits, search.last)
     return [cuts[i] for i in range(len(densities))]
+
+
+def kept(density: float, size: int) -> int:
+    """How many of `size` elements a density above 0 keeps: int(density * size), at least one, as mergekit does."""
+    return max(1, int(density * size))
 
 
 def _pass(tensor: Tensor, searches: Sequence[_Search]) -> Iterator[tuple[_Search, int, npt.NDArray[np.uint32]]]:
@@ -98,7 +102,7 @@ def _pass(tensor: Tensor, searches: Sequence[_Search]) -> Iterator[tuple[_Search
             yield search, block.start, delta.view(np.uint32) & _MAGNITUDE
 
 
-def _descend(histogram: npt.NDArray[np.int64], k: int) -> tuple[int, int]:
+def descend(histogram: npt.NDArray[np.int64], k: int) -> tuple[int, int]:
     """(the bin that holds the k-th largest element, how many lie in bins above it)."""
     from_top = np.cumsum(histogram[::-1])
     place = int(np.searchsorted(from_top, k))

@@ -101,7 +101,9 @@ def test_a_file_cut_after_opening_is_noticed(llama: Path, ctx: Context) -> None:
     checkpoint = open_checkpoint(llama, ctx)
     last = list(checkpoint.tensors)[-1]
     os.truncate(llama / "model.safetensors", 5000)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: ends at byte 5000|cut meanwhile"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: changed since its header was read \(\d+ bytes then, 5000 now\)"
+    ):
         checkpoint.read(last)
     (llama / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="No such file"):

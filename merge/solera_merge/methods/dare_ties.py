@@ -1,5 +1,7 @@
 """DARE before TIES: drop changes at random and rescale the rest, then elect a sign and combine."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from solera_merge.block import Block, Float32, Formula, Tensor
@@ -7,7 +9,7 @@ from solera_merge.masks import bernoulli
 from solera_merge.methods.signature import Finite, Fraction, PerModel
 from solera_merge.signs import disjoint_merge
 
-__all__ = ["dare_ties"]
+__all__ = ["dare_ties", "rescale_factors"]
 
 
 def dare_ties(
@@ -42,7 +44,7 @@ def dare_ties(
         The formula of a block: base [n], N models [n] -> [n].
     """
     del int8_mask
-    factors = [np.float32(1 / d) if rescale and d > 0 else np.float32(1) for d in density]
+    factors = rescale_factors(density, rescale=rescale)
     draws = list(zip(tensor.keys, density, factors, strict=True))
 
     def formula(block: Block) -> Float32:
@@ -56,3 +58,8 @@ def dare_ties(
         return out
 
     return formula
+
+
+def rescale_factors(density: Sequence[float], *, rescale: bool) -> list[np.float32]:
+    """What a kept change is multiplied by: 1/density, so that the expectation of every element is kept."""
+    return [np.float32(1 / d) if rescale and d > 0 else np.float32(1) for d in density]

@@ -8,7 +8,7 @@ from solera_merge.block import Block, Float32, Formula, Tensor
 from solera_merge.methods.signature import Finite
 from solera_merge.reduction import norms_and_dot
 
-__all__ = ["slerp"]
+__all__ = ["coefficients", "slerp"]
 
 _NEARLY_PARALLEL = 0.9995  # mergekit's threshold; sin(theta) = 0.03 there, and the two branches differ by 2e-4 relative
 
@@ -30,7 +30,7 @@ def slerp(tensor: Tensor, /, *, t: Finite) -> Formula:
         The formula of a block: base [n], model [n] -> [n].
     """
     norm_base, norm_model, dot = norms_and_dot(tensor)
-    c_base, c_model = (np.float32(c) for c in _coefficients(t, norm_base, norm_model, dot))
+    c_base, c_model = (np.float32(c) for c in coefficients(t, norm_base, norm_model, dot))
 
     def formula(block: Block) -> Float32:
         assert block.base is not None
@@ -41,7 +41,8 @@ def slerp(tensor: Tensor, /, *, t: Finite) -> Formula:
     return formula
 
 
-def _coefficients(t: float, norm_base: float, norm_model: float, dot: float) -> tuple[float, float]:
+def coefficients(t: float, norm_base: float, norm_model: float, dot: float) -> tuple[float, float]:
+    """The factors of base and model, from their norms and their dot product."""
     if norm_base == 0 or norm_model == 0:
         return 1 - t, t
     cosine = max(-1.0, min(1.0, dot / norm_base / norm_model))

@@ -1,0 +1,240 @@
+"""The hot methods from stored bytes to stored bytes, without float32 blocks in between.
+
+Each function is the twin of the method of the same name in `methods/`: the same parameters, the same bits (tested), but
+it looks at raw blocks through the kernels in `kernels/`. The engine takes it where every source is stored as plain
+float32, float16 or bfloat16; everything else goes through the readable function.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from solera_merge.block import CHUNK_ELEMENTS
+from solera_merge.kernels.norms import norms_and_dots
+from solera_merge.kernels.selection import TABLES, collect_bin, count_lower, count_upper, find_equal
+from solera_merge.kernels.sparsified import merge_largest, merge_random
+from solera_merge.kernels.sums import weighted_deltas, weighted_sum
+from solera_merge.masks import split_key, threshold
+from solera_merge.methods.dare_ties import rescale_factors
+from solera_merge.methods.slerp import coefficients
+from solera_merge.reduction import LANES, root_sums
+from solera_merge.selection import KEEP_ALL, KEEP_NONE, LOWER, UPPER, Cut, descend, kept
+
+__all__ = ["FUSED", "NotFiniteError", "RawBlock", "RawFormula", "RawTensor"]
+
+_COLLECTED = 1 << 18  # elements of a bin that are held in memory to be ranked: 2.5 MB
+
+
+class NotFiniteError(Exception):
+    """An input holds NaN or infinity; the engine looks for the place."""
+
+
+@dataclass(frozen=True)
+class RawBlock:
+    """The same elements of every source, as stored.
+
+    Attributes:
+        start: flat index of the first element; a multiple of `CHUNK_ELEMENTS`.
+        n: number of elements.
+        raw: [N, bytes], one row a source: the models, then the base where there is one.
+        codes: [N], number format of each row (`solera_merge.kernels.formats.CODES`).
+    """
+
+    start: int
+    n: int
+    raw: npt.NDArray[np.uint8]
+    codes: npt.NDArray[np.int64]
+
+
+class RawTensor(Protocol):
+    """One output tensor with all its sources."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        ...
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """One random key a model."""
+        ...
+
+    def blocks(self) -> Iterator[RawBlock]:
+        """One pass over all elements, in order; a block is only valid until the next one."""
+        ...
+
+
+RawFormula: TypeAlias = Callable[[RawBlock, npt.NDArray[np.uint8], int], int]
+"""(block, output bytes, their format) -> what was not finite: bit 0 an input, bit 1 the output."""
+
+_one = np.float32(1)
+
+
+def linear(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool) -> RawFormula:
+    """As `methods.linear`."""
+    factors = np.array(weight, np.float32)
+    divisor = np.float32(sum(weight)) if normalize else _one
+    return lambda b, out, code: weighted_sum(b.raw, b.codes, b.n, factors, divisor, out, code)
+
+
+def passthrough(_tensor: RawTensor, /, *, scale: Sequence[float]) -> RawFormula:
+    """As `methods.passthrough`."""
+    factors = np.array(scale, np.float32)
+    return lambda b, out, code: weighted_sum(b.raw, b.codes, b.n, factors, _one, out, code)
+
+
+def slerp(tensor: RawTensor, /, *, t: float) -> RawFormula:
+    """As `methods.slerp`."""
+    parts: list[npt.NDArray[np.float64]] = []
+    for block in tensor.blocks():
+        sums = np.empty((3, -(-block.n // CHUNK_ELEMENTS)))
+        if norms_and_dots(block.raw, block.codes, block.n, CHUNK_ELEMENTS, LANES, sums):
+            raise NotFiniteError
+        parts.append(sums)
+    c_base, c_model = coefficients(t, *root_sums(*(np.concatenate([p[i] for p in parts]) for i in range(3))))
+    factors = np.array([c_base, c_model], np.float32)
+
+    def formula(block: RawBlock, out: npt.NDArray[np.uint8], code: int) -> int:
+        # The base comes last in a block and first in the sum.
+        return weighted_sum(block.raw[::-1], block.codes[::-1], block.n, factors, _one, out, code)
+
+    return formula
+
+
+def task_arithmetic(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool, lambda_: float) -> RawFormula:
+    """As `methods.task_arithmetic`."""
+    factors = np.array(weight, np.float32)
+    divisor = np.float32(sum(weight) or 1.0) if normalize else _one
+    scale = np.float32(lambda_)
+    return lambda b, out, code: weighted_deltas(b.raw, b.codes, b.n, factors, divisor, scale, out, code)
+
+
+def ties(
+    tensor: RawTensor,
+    /,
+    *,
+    weight: Sequence[float],
+    density: Sequence[float],
+    normalize: bool,
+    lambda_: float,
+    int8_mask: bool,
+) -> RawFormula:
+    """As `methods.ties`."""
+    del int8_mask
+    cuts = largest_deltas(tensor, density)
+    bits = np.array([cut.bits for cut in cuts], np.uint32)
+    last = np.array([min(cut.last, tensor.size) for cut in cuts], np.int64)
+    factors, scale = np.array(weight, np.float32), np.float32(lambda_)
+    return lambda b, out, code: merge_largest(
+        b.raw, b.codes, b.n, b.start, bits, last, factors, normalize, scale, out, code
+    )
+
+
+def dare_ties(
+    tensor: RawTensor,
+    /,
+    *,
+    weight: Sequence[float],
+    density: Sequence[float],
+    normalize: bool,
+    rescale: bool,
+    lambda_: float,
+    int8_mask: bool,
+) -> RawFormula:
+    """As `methods.dare_ties`."""
+    del int8_mask
+    keys = np.array([split_key(key) for key in tensor.keys], np.uint64)
+    limits = np.array([threshold(d) for d in density], np.uint64)
+    kept_factors = np.array(rescale_factors(density, rescale=rescale), np.float32)
+    factors, scale = np.array(weight, np.float32), np.float32(lambda_)
+    return lambda b, out, code: merge_random(
+        b.raw, b.codes, b.n, b.start, keys, limits, kept_factors, factors, True, normalize, scale, out, code
+    )
+
+
+FUSED: Mapping[str, Callable[..., RawFormula]] = MappingProxyType(
+    {f.__name__: f for f in (linear, passthrough, slerp, task_arithmetic, ties, dare_ties)}
+)
+"""By the name of the method."""
+
+
+def largest_deltas(tensor: RawTensor, densities: Sequence[float]) -> list[Cut]:
+    """As `solera_merge.selection.largest_deltas`, in two passes where the bin of the k-th magnitude is small."""
+    cuts = {i: KEEP_ALL if d >= 1 else KEEP_NONE for i, d in enumerate(densities)}
+    wanted = {i: kept(d, tensor.size) for i, d in enumerate(densities) if 0 < d < 1 and tensor.size > 0}
+    tables = {i: np.zeros((TABLES, UPPER), np.uint32) for i in wanted}
+    for block in tensor.blocks() if wanted else ():
+        for i, table in tables.items():
+            if count_upper(block.raw, block.codes, block.n, i, table):
+                raise NotFiniteError
+    searches: list[_Search] = []
+    for i, table in tables.items():
+        histogram = table.sum(axis=0, dtype=np.int64)
+        place, above = descend(histogram, wanted[i])
+        searches.append(_Search(i, place, wanted[i] - above, int(histogram[place])))
+    tables.clear()
+    small = [s for s in searches if s.inside <= _COLLECTED]
+    large = [s for s in searches if s.inside > _COLLECTED]
+    for block in tensor.blocks() if searches else ():
+        for search in small:
+            search.collect(block)
+        for search in large:
+            count_lower(block.raw, block.codes, block.n, search.model, search.bin, search.lower_counts)
+    for search in small:
+        cuts[search.model] = search.ranked(tensor.size)
+    for search in large:
+        low, above = descend(search.lower_counts, search.wanted)
+        search.wanted -= above
+        search.bits = search.bin << 16 | low
+        if search.wanted == int(search.lower_counts[low]) or search.bits == 0:
+            search.last = tensor.size
+    open_searches = [s for s in large if s.last < 0]
+    for block in tensor.blocks() if open_searches else ():
+        for search in open_searches:
+            if search.wanted > 0:
+                place, seen = find_equal(block.raw, block.codes, block.n, search.model, search.bits, search.wanted)
+                if place >= 0:
+                    search.last = block.start + place
+                search.wanted -= seen
+    for search in large:
+        cuts[search.model] = Cut(search.bits, search.last)
+    return [cuts[i] for i in range(len(densities))]
+
+
+class _Search:
+    """The k-th largest delta of one model, known to lie in `bin`, as the `wanted`-th of `inside` elements there."""
+
+    def __init__(self, model: int, place: int, wanted: int, inside: int) -> None:
+        self.model = model
+        self.bin = place
+        self.wanted = wanted
+        self.inside = inside
+        self.bits = 0
+        self.last = -1
+        self._found = 0
+        small = inside <= _COLLECTED
+        self.lower_counts = np.zeros(0 if small else LOWER, np.int64)
+        self._places = np.empty(inside if small else 0, np.int64)
+        self._lower = np.empty(inside if small else 0, np.uint16)
+
+    def collect(self, block: RawBlock) -> None:
+        """Note the elements of the bin in this block."""
+        if self.bin == 0 and self.wanted >= self.inside:
+            return
+        self._found = collect_bin(
+            block.raw, block.codes, block.n, self.model, block.start, self.bin, self._places, self._lower, self._found
+        )
+
+    def ranked(self, size: int) -> Cut:
+        """The cut, from what was collected."""
+        if self._found == 0:  # all of the bin of the smallest magnitudes is kept
+            return Cut(0, size)
+        low, above = descend(np.bincount(self._lower, minlength=LOWER), self.wanted)
+        bits = self.bin << 16 | low
+        places = self._places[self._lower == low]
+        number = self.wanted - above
+        return Cut(bits, size if number == places.size or bits == 0 else int(places[number - 1]))

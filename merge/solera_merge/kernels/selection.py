@@ -1,0 +1,146 @@
+"""Counting and finding values by the bits of their magnitude; see `solera_merge.selection`.
+
+Values are float32 pieces; `deltas` makes such a piece from stored bytes. Loops run over slices from 0: an index with an
+offset keeps the compiler from using vector instructions (measured: 0.7 against 7 Gelem/s for the subtraction).
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from solera_merge.kernels.compiled import kernel
+from solera_merge.kernels.formats import PIECE, widen
+
+__all__ = ["TABLES", "collect_bin", "count_lower", "count_upper", "find_equal"]
+
+Float32 = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+Codes = npt.NDArray[np.int64]
+
+TABLES = 4
+"""Tables of `count_upper`: neighbours often fall into one bin, and two additions to one cell must wait."""
+
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_U16 = np.uint32(16)
+_LOW = np.uint32(0xFFFF)
+_ONE = np.uint32(1)
+_GROUP = 64  # elements looked at together: mostly none of them is in the bin
+
+
+@kernel
+def deltas(raw: Bytes, codes: Codes, model: int, begin: int, m: int, other: Float32, out: Float32) -> bool:
+    """out[:m] = W_model - W_0 for elements [begin, begin + m); W_0 is the last row. Whether one is not finite.
+
+    `other` is scratch space of the same length.
+    """
+    base = codes.size - 1
+    bad = widen(raw[model], codes[model], begin, m, out)
+    bad |= widen(raw[base], codes[base], begin, m, other)
+    for j in range(m):
+        out[j] = out[j] - other[j]
+    return bad
+
+
+@kernel
+def count_upper(raw: Bytes, codes: Codes, n: int, model: int, tables: npt.NDArray[np.uint32]) -> bool:
+    """tables[any, upper 15 magnitude bits of the delta] += 1 for every element; whether an input is not finite.
+
+    Args:
+        raw: see `solera_merge.kernels`; the base is the last row.
+        codes: of the rows.
+        n: elements.
+        model: row.
+        tables: [TABLES, 2^15]; their sum is the histogram.
+    """
+    values, other = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    bins = np.empty(PIECE, np.uint32)
+    bits = values.view(np.uint32)
+    first, second, third, fourth = tables[0], tables[1], tables[2], tables[3]
+    bad = False
+    for begin in range(0, n, PIECE):
+        m = min(PIECE, n - begin)
+        bad |= deltas(raw, codes, model, begin, m, other, values)
+        for j in range(m):
+            bins[j] = (bits[j] & _MAGNITUDE) >> _U16
+        whole = m // 4 * 4
+        for j in range(0, whole, 4):
+            first[bins[j]] += _ONE
+            second[bins[j + 1]] += _ONE
+            third[bins[j + 2]] += _ONE
+            fourth[bins[j + 3]] += _ONE
+        for j in range(whole, m):
+            first[bins[j]] += _ONE
+    return bad
+
+
+@kernel
+def count_lower(raw: Bytes, codes: Codes, n: int, model: int, upper: int, counts: npt.NDArray[np.int64]) -> None:
+    """Of the deltas whose upper bits are `upper`: counts[lower 16 bits] += 1."""
+    values, other = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    bits = values.view(np.uint32)
+    wanted = np.uint32(upper)
+    for begin in range(0, n, PIECE):
+        m = min(PIECE, n - begin)
+        deltas(raw, codes, model, begin, m, other, values)
+        for j in range(m):
+            word = bits[j] & _MAGNITUDE
+            if word >> _U16 == wanted:
+                counts[word & _LOW] += 1
+
+
+@kernel
+def collect_bin(
+    raw: Bytes,
+    codes: Codes,
+    n: int,
+    model: int,
+    start: int,
+    upper: int,
+    places: npt.NDArray[np.int64],
+    lower: npt.NDArray[np.uint16],
+    found: int,
+) -> int:
+    """Append flat index and lower bits of every delta whose upper bits are `upper`; how many there are now."""
+    values, other = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    bits = values.view(np.uint32)
+    wanted = np.uint32(upper)
+    for begin in range(0, n, PIECE):
+        m = min(PIECE, n - begin)
+        deltas(raw, codes, model, begin, m, other, values)
+        for at in range(0, m, _GROUP):
+            group = bits[at : min(at + _GROUP, m)]
+            inside = np.uint32(0)
+            for j in range(group.size):
+                inside += np.uint32((group[j] & _MAGNITUDE) >> _U16 == wanted)
+            if inside == 0:
+                continue
+            for j in range(group.size):
+                word = group[j] & _MAGNITUDE
+                if word >> _U16 == wanted:
+                    places[found] = start + begin + at + j
+                    lower[found] = np.uint16(word & _LOW)
+                    found += 1
+    return found
+
+
+@kernel
+def find_equal(raw: Bytes, codes: Codes, n: int, model: int, magnitude: int, wanted: int) -> tuple[int, int]:
+    """(place in the block of the `wanted`-th delta of just this magnitude, or -1; how many were seen up to there)."""
+    values, other = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    bits = values.view(np.uint32)
+    target = np.uint32(magnitude)
+    seen = 0
+    for begin in range(0, n, PIECE):
+        m = min(PIECE, n - begin)
+        deltas(raw, codes, model, begin, m, other, values)
+        inside = np.uint32(0)
+        for j in range(m):
+            inside += np.uint32((bits[j] & _MAGNITUDE) == target)
+        if seen + inside < wanted:
+            seen += np.int64(inside)
+            continue
+        for j in range(m):
+            if (bits[j] & _MAGNITUDE) == target:
+                seen += 1
+                if seen == wanted:
+                    return begin + j, seen
+    return -1, seen

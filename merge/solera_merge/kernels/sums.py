@@ -1,0 +1,87 @@
+"""Weighted sums straight from stored bytes to stored bytes: linear, slerp, task arithmetic, scaled copies."""
+
+import numpy as np
+import numpy.typing as npt
+
+from solera_merge.kernels.compiled import kernel
+from solera_merge.kernels.formats import PIECE, narrow, widen
+
+__all__ = ["weighted_deltas", "weighted_sum"]
+
+
+@kernel
+def weighted_sum(
+    raw: npt.NDArray[np.uint8],
+    codes: npt.NDArray[np.int64],
+    n: int,
+    coefficients: npt.NDArray[np.float32],
+    divisor: np.float32,
+    out: npt.NDArray[np.uint8],
+    out_code: int,
+) -> int:
+    """sum_i c_i W_i / divisor, in that order; see `solera_merge.kernels` for the arguments and the result."""
+    bad = 0
+    total = np.empty(PIECE, np.float32)
+    term = np.empty(PIECE, np.float32)
+    for begin in range(0, n, PIECE):
+        m = min(PIECE, n - begin)
+        for i in range(coefficients.size):
+            c = coefficients[i]
+            if widen(raw[i], codes[i], begin, m, term):
+                bad |= 1
+            if i == 0:
+                for j in range(m):
+                    total[j] = term[j] * c
+            else:
+                for j in range(m):
+                    total[j] += term[j] * c
+        if divisor != 1:
+            for j in range(m):
+                total[j] /= divisor
+        if narrow(total, m, out, out_code, begin):
+            bad |= 2
+    return bad
+
+
+@kernel
+def weighted_deltas(
+    raw: npt.NDArray[np.uint8],
+    codes: npt.NDArray[np.int64],
+    n: int,
+    coefficients: npt.NDArray[np.float32],
+    divisor: np.float32,
+    scale: np.float32,
+    out: npt.NDArray[np.uint8],
+    out_code: int,
+) -> int:
+    """W_0 + scale * (sum_i c_i (W_i - W_0) / divisor); the base is the last row of `raw`."""
+    bad = 0
+    models = coefficients.size
+    base = np.empty(PIECE, np.float32)
+    total = np.empty(PIECE, np.float32)
+    term = np.empty(PIECE, np.float32)
+    for begin in range(0, n, PIECE):
+        m = min(PIECE, n - begin)
+        if widen(raw[models], codes[models], begin, m, base):
+            bad |= 1
+        for i in range(models):
+            c = coefficients[i]
+            if widen(raw[i], codes[i], begin, m, term):
+                bad |= 1
+            if i == 0:
+                for j in range(m):
+                    total[j] = (term[j] - base[j]) * c
+            else:
+                for j in range(m):
+                    total[j] += (term[j] - base[j]) * c
+        if divisor != 1:
+            for j in range(m):
+                total[j] /= divisor
+        if scale != 1:
+            for j in range(m):
+                total[j] *= scale
+        for j in range(m):
+            total[j] += base[j]
+        if narrow(total, m, out, out_code, begin):
+            bad |= 2
+    return bad

@@ -1,0 +1,186 @@
+"""Every fused twin against its readable method: the same bits, whatever the formats, shapes and parameters."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from solera_core.dtypes import ITEM_BYTES, from_float32, nonfinite, to_float32
+from solera_merge.block import CHUNK_ELEMENTS
+from solera_merge.fused import FUSED, NotFiniteError, RawBlock
+from solera_merge.kernels.formats import CODES, PIECE, narrow, widen
+from solera_merge.methods.catalogue import METHODS
+
+F32 = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass
+class RawInMemory:
+    """`solera_merge.fused.RawTensor` over bytes."""
+
+    rows: Sequence[Bytes]
+    dtypes: Sequence[str]
+    size: int
+    keys: tuple[int, ...]
+    step: int
+
+    def blocks(self) -> Iterator[RawBlock]:
+        codes = np.array([CODES[d] for d in self.dtypes], np.int64)
+        raw = np.zeros((len(self.rows), self.step * 4), np.uint8)
+        for start in range(0, self.size, self.step):
+            n = min(self.step, self.size - start)
+            raw[:] = 0xFF  # what is left of an earlier block must not matter
+            for row, stored, dtype in zip(raw, self.rows, self.dtypes, strict=True):
+                width = ITEM_BYTES[dtype]
+                row[: n * width] = stored[start * width : (start + n) * width]
+            yield RawBlock(start, n, raw, codes)
+
+
+def fused(method: str, tensor: RawInMemory, dtype: str, **parameters: Any) -> Bytes:
+    formula = FUSED[method](tensor, **parameters)
+    out = np.empty(tensor.step * ITEM_BYTES[dtype], np.uint8)
+    parts: list[Bytes] = []
+    for block in tensor.blocks():
+        assert formula(block, out, CODES[dtype]) == 0
+        parts.append(out[: block.n * ITEM_BYTES[dtype]].copy())
+    return np.concatenate(parts)
+
+
+def stored(values: F32, dtype: str) -> Bytes:
+    return from_float32(values, dtype).copy()
+
+
+PARAMETERS: dict[str, list[dict[str, Any]]] = {
+    "linear": [{"weight": (0.3, 0.3, 0.4), "normalize": True}, {"weight": (1.0, -2.0, 0.1), "normalize": False}],
+    "passthrough": [{"scale": (1.0,)}, {"scale": (-0.7,)}],
+    "slerp": [{"t": 0.3}, {"t": 1.0}],
+    "task_arithmetic": [
+        {"weight": (0.3, 0.3, 0.7), "normalize": True, "lambda_": 0.9},
+        {"weight": (0.3, -1.0, 0.7), "normalize": False, "lambda_": 1.0},
+        {"weight": (0.0, 0.0, 0.0), "normalize": True, "lambda_": 1.0},
+    ],
+    "ties": [
+        {"weight": w, "density": d, "normalize": n, "lambda_": s, "int8_mask": False}
+        for w, d, n, s in [
+            ((1.0, 1.0, 1.0), (0.5, 0.5, 0.5), True, 1.0),
+            ((0.3, -0.9, 0.4), (0.1, 1.0, 0.0), True, 1.3),
+            ((0.3, 0.9, 0.4), (0.9999, 0.01, 0.2), False, 0.5),
+        ]
+    ],
+    "dare_ties": [
+        {"weight": w, "density": d, "normalize": n, "rescale": r, "lambda_": s, "int8_mask": False}
+        for w, d, n, r, s in [
+            ((1.0, 1.0, 1.0), (0.5, 0.5, 0.5), False, True, 1.0),
+            ((0.3, -0.9, 0.4), (0.1, 1.0, 0.0), True, True, 1.3),
+            ((0.3, 0.9, 0.4), (0.3, 0.6, 0.2), True, False, 0.5),
+        ]
+    ],
+}
+CASES = [(method, i) for method, choices in PARAMETERS.items() for i in range(len(choices))]
+
+
+def test_every_twin_is_tried() -> None:
+    assert set(PARAMETERS) == set(FUSED)
+
+
+@pytest.mark.parametrize(("method", "choice"), CASES)
+@settings(max_examples=12, deadline=None)
+@given(
+    size=st.sampled_from([1, 2, 3, 63, PIECE - 1, PIECE + 1, 4 * CHUNK_ELEMENTS + 5, 6 * CHUNK_ELEMENTS]),
+    dtypes=st.lists(st.sampled_from(sorted(CODES)), min_size=5, max_size=5),
+    levels=st.sampled_from([0, 3, 40]),
+    step=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_the_same_bits(
+    method: str, choice: int, size: int, dtypes: list[str], levels: int, step: int, seed: int, in_memory: Any
+) -> None:
+    """`levels`: deltas of few distinct magnitudes, so that many are equal to the k-th."""
+    parameters = PARAMETERS[method][choice]
+    rng = np.random.default_rng(seed)
+    entry = METHODS[method]
+    count = entry.most_models or 3
+    base = rng.standard_normal(size).astype(np.float32)
+    models: list[F32] = []
+    for _ in range(count):
+        delta = 0.3 * rng.standard_normal(size)
+        models.append((base + (np.round(delta * levels) / levels if levels else delta)).astype(np.float32))
+    dtypes = dtypes[: count + 1] if entry.base == "required" else dtypes[:count]
+    rows = [stored(m, d) for m, d in zip([*models, base], dtypes, strict=False)]
+    values = [to_float32(r, d) for r, d in zip(rows, dtypes, strict=True)]
+    keys = tuple(range(5, 5 + count))
+    plain = in_memory(values[:count], values[count] if entry.base == "required" else None, step * CHUNK_ELEMENTS, keys)
+    formula = entry.function(plain, **parameters)
+    expected = np.concatenate([formula(block) for block in plain.blocks()])
+    for out in CODES:
+        tensor = RawInMemory(rows, dtypes, size, keys, step * CHUNK_ELEMENTS)
+        assert fused(method, tensor, out, **parameters).tobytes() == from_float32(expected, out).tobytes()
+
+
+def test_a_large_bin_takes_another_pass(in_memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("solera_merge.fused._COLLECTED", 10)
+    rng = np.random.default_rng(0)
+    base = np.zeros(3 * CHUNK_ELEMENTS, np.float32)
+    models = [(np.round(rng.standard_normal(base.size) * 4) / 4).astype(np.float32) for _ in range(3)]
+    parameters = PARAMETERS["ties"][0]
+    plain = in_memory(models, base, CHUNK_ELEMENTS, (1, 2, 3))
+    formula = METHODS["ties"].function(plain, **parameters)
+    expected = np.concatenate([formula(block) for block in plain.blocks()])
+    tensor = RawInMemory([m.view(np.uint8) for m in [*models, base]], ["F32"] * 4, base.size, (1, 2, 3), CHUNK_ELEMENTS)
+    assert fused("ties", tensor, "F32", **parameters).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("method", FUSED)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", sorted(CODES))
+def test_what_is_not_finite_is_met(method: str, value: float, dtype: str) -> None:
+    size = PIECE + 100
+    count = METHODS[method].most_models or 3
+    rows = [np.zeros(size, np.float32) for _ in range(count + (METHODS[method].base == "required"))]
+    rows[-1][PIECE + 7] = value
+    tensor = RawInMemory([stored(r, dtype) for r in rows], [dtype] * len(rows), size, (1, 2, 3), CHUNK_ELEMENTS)
+    out = np.empty(tensor.step * 4, np.uint8)
+    try:
+        formula = FUSED[method](tensor, **PARAMETERS[method][0])
+    except NotFiniteError:
+        return
+    assert any(formula(block, out, CODES["F32"]) & 1 for block in tensor.blocks())
+
+
+@pytest.mark.parametrize("dtype", sorted(CODES))
+def test_all_numbers_of_the_format(dtype: str) -> None:
+    """Every half and bfloat16 there is, and float32 around every edge of the narrower formats."""
+    words = np.arange(1 << 16, dtype=np.uint16)
+    edges = np.concatenate([words.astype(np.uint32) << 16 | low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+    halves = words.view(np.float16).astype(np.float32).view(np.uint32)
+    edges = np.concatenate([edges, *(halves + np.uint32(step) for step in (0, 1, 0xFFF, 0x1000, 0x1001, 2**32 - 1))])
+    values = edges.view(np.float32)
+    piece = np.empty(PIECE, np.float32)
+    raw = np.empty(PIECE * 4, np.uint8)
+    with np.errstate(all="ignore"):
+        for at in range(0, values.size, PIECE):
+            part = values[at : at + PIECE]
+            piece[: part.size] = part
+            bad = narrow(piece, part.size, raw, CODES[dtype], 0)
+            expected = from_float32(part, dtype)
+            finite = np.isfinite(part) & np.isfinite(to_float32(expected, dtype))
+            assert bad == (not finite.all())
+            width = ITEM_BYTES[dtype]
+            ours = raw[: part.size * width].reshape(-1, width)
+            assert np.array_equal(ours[finite], expected.reshape(-1, width)[finite])
+        source = values.view(np.uint8) if dtype == "F32" else words.view(np.uint8)
+        number = source.size // ITEM_BYTES[dtype]
+        for at in range(0, number, PIECE):
+            n = min(PIECE, number - at)
+            bad = widen(source, CODES[dtype], at, n, piece)
+            part_bytes = source[at * ITEM_BYTES[dtype] : (at + n) * ITEM_BYTES[dtype]]
+            assert bad == bool(nonfinite(part_bytes, dtype))
+            right = to_float32(part_bytes, dtype)
+            finite = np.isfinite(right)
+            assert np.array_equal(piece[:n].view(np.uint32)[finite], right.view(np.uint32)[finite])
