@@ -167,15 +167,22 @@ def largest_deltas(tensor: RawTensor, densities: Sequence[float]) -> list[Cut]:
     cuts = {i: KEEP_ALL if d >= 1 else KEEP_NONE for i, d in enumerate(densities)}
     wanted = {i: kept(d, tensor.size) for i, d in enumerate(densities) if 0 < d < 1 and tensor.size > 0}
     tables = {i: np.zeros((TABLES, UPPER), np.uint32) for i in wanted}
+    zeros = dict.fromkeys(wanted, 0)
     for block in tensor.blocks() if wanted else ():
         for i, table in tables.items():
-            if count_upper(block.raw, block.codes, block.n, i, table):
+            found = count_upper(block.raw, block.codes, block.n, i, table)
+            if found < 0:
                 raise NotFiniteError
+            zeros[i] += found
     searches: list[_Search] = []
     for i, table in tables.items():
         histogram = table.sum(axis=0, dtype=np.int64)
         place, above = descend(histogram, wanted[i])
-        searches.append(_Search(i, place, wanted[i] - above, int(histogram[place])))
+        inside = int(histogram[place])
+        if place == 0 and wanted[i] - above > inside - zeros[i]:
+            cuts[i] = Cut(0, tensor.size)  # the k-th is 0, as where less than the density has changed at all
+        else:
+            searches.append(_Search(i, place, wanted[i] - above, inside))
     tables.clear()
     small = [s for s in searches if s.inside <= _COLLECTED]
     large = [s for s in searches if s.inside > _COLLECTED]
@@ -223,16 +230,12 @@ class _Search:
 
     def collect(self, block: RawBlock) -> None:
         """Note the elements of the bin in this block."""
-        if self.bin == 0 and self.wanted >= self.inside:
-            return
         self._found = collect_bin(
             block.raw, block.codes, block.n, self.model, block.start, self.bin, self._places, self._lower, self._found
         )
 
     def ranked(self, size: int) -> Cut:
         """The cut, from what was collected."""
-        if self._found == 0:  # all of the bin of the smallest magnitudes is kept
-            return Cut(0, size)
         low, above = descend(np.bincount(self._lower, minlength=LOWER), self.wanted)
         bits = self.bin << 16 | low
         places = self._places[self._lower == low]

@@ -41,8 +41,8 @@ def deltas(raw: Bytes, codes: Codes, model: int, begin: int, m: int, other: Floa
 
 
 @kernel
-def count_upper(raw: Bytes, codes: Codes, n: int, model: int, tables: npt.NDArray[np.uint32]) -> bool:
-    """tables[any, upper 15 magnitude bits of the delta] += 1 for every element; whether an input is not finite.
+def count_upper(raw: Bytes, codes: Codes, n: int, model: int, tables: npt.NDArray[np.uint32]) -> int:
+    """tables[any, upper 15 magnitude bits of the delta] += 1 for every element.
 
     Args:
         raw: see `solera_merge.kernels`; the base is the last row.
@@ -50,17 +50,24 @@ def count_upper(raw: Bytes, codes: Codes, n: int, model: int, tables: npt.NDArra
         n: elements.
         model: row.
         tables: [TABLES, 2^15]; their sum is the histogram.
+
+    Returns:
+        How many deltas are exactly 0, or -1 if an input is not finite.
     """
     values, other = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     bins = np.empty(PIECE, np.uint32)
     bits = values.view(np.uint32)
     first, second, third, fourth = tables[0], tables[1], tables[2], tables[3]
     bad = False
+    zeros = 0
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
         bad |= deltas(raw, codes, model, begin, m, other, values)
+        none = np.uint32(0)
         for j in range(m):
             bins[j] = (bits[j] & _MAGNITUDE) >> _U16
+            none += np.uint32(bits[j] & _MAGNITUDE == 0)
+        zeros += np.int64(none)
         whole = m // 4 * 4
         for j in range(0, whole, 4):
             first[bins[j]] += _ONE
@@ -69,7 +76,7 @@ def count_upper(raw: Bytes, codes: Codes, n: int, model: int, tables: npt.NDArra
             fourth[bins[j + 3]] += _ONE
         for j in range(whole, m):
             first[bins[j]] += _ONE
-    return bad
+    return -1 if bad else zeros
 
 
 @kernel
