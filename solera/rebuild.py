@@ -39,8 +39,9 @@ def rebuild_problems(directory: Path, ctx: Context) -> list[str]:
     )
     problems: list[str] = []
     for item in record["inputs"]:
-        if item["digest"].startswith("blake3:"):
-            now = open_checkpoint(item["ref"], here).digest()
+        if item["digest"].startswith(("blake3:", "sampled:")):
+            checkpoint = open_checkpoint(item["ref"], here)
+            now = checkpoint.digest() if item["digest"].startswith("blake3:") else checkpoint.identity()
             if now != item["digest"]:
                 problems.append(f"input {item['ref']} has changed: {item['digest'][:23]}... then, {now[:23]}... now")
     if problems:

@@ -6,8 +6,10 @@ every listed tensor is there in full, every tensor there is listed, and no byte 
 
 import copy
 import json
+import re
 import threading
 from collections.abc import Collection, Mapping
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from solera_core.adapters import Adapter, open_adapter
 from solera_core.architecture import is_embedding, is_head, ties_with_a_stored_head
@@ -24,7 +27,7 @@ from solera_core.dtypes import FLOATS, to_float32
 from solera_core.errors import CheckpointError
 from solera_core.headers import TensorInfo
 from solera_core.hub import resolve, split_adapter
-from solera_core.ranges import RangeReader
+from solera_core.ranges import RangeReader, stamp
 from solera_core.shards import find_weights
 from solera_core.sidecars import find_sidecars
 from solera_core.sources import SafetensorsSource, Source, open_source
@@ -32,6 +35,9 @@ from solera_core.sources import SafetensorsSource, Source, open_source
 __all__ = ["Checkpoint", "TensorInfo", "locate", "open_checkpoint", "read_config"]
 
 _COMPARE: Final = 1 << 22  # elements compared at a time
+_HASHED_WHOLE: Final = 1 << 26  # bytes of a model that are hashed without asking: some hundredths of a second
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 class Checkpoint:
@@ -137,6 +143,32 @@ class Checkpoint:
                 adapters = [adapter.digest for adapter in self._adapters]
                 self._digest = json_digest({"base": base, "adapters": adapters}) if adapters else base
             return self._digest
+
+    def identity(self) -> str:
+        """What the model is, without reading all of it where that takes long.
+
+        `digest()` where solera.json tells it or the weights are at most 64 MiB. Else `sampled:...`: over config,
+        headers and, of every file, the hub's own SHA-256 (its name in the hub's cache) or 64 samples of 4 KiB spread evenly
+        over it. Independent of when and where the files were made. Two fine-tunes differ in it; a change of a few bytes
+        somewhere does not show.
+        """
+        if sum(info.nbytes for info in self.tensors.values()) <= _HASHED_WHOLE or _recorded_digest(self) is not None:
+            return self.digest()
+        headers = [[t.name, t.dtype, list(t.shape)] for t in self.tensors.values()]
+        files = sorted({info.file for info in self.tensors.values()})
+        content = {
+            "config": self._config,
+            "headers": headers,
+            "files": [_file_identity(file) for file in files],
+            "adapters": [adapter.digest for adapter in self._adapters],
+        }
+        return json_digest(content).replace("blake3:", "sampled:")
+
+    def fingerprint(self) -> str:
+        """A digest of the files' sizes, times and places: whether this is still the very same input."""
+        files = sorted({info.file for info in self.tensors.values()})
+        stamps = [[str(file), *astuple(stamp(file))] for file in files]
+        return json_digest({"files": stamps, "config": self._config, "adapters": [a.digest for a in self._adapters]})
 
     def tensor_digests(self) -> dict[str, str]:
         """`blake3:<hex>` of the stored bytes of each tensor, read anew (of the base model, under an adapter)."""
@@ -277,6 +309,22 @@ def _without_tied_head(path: Path, config: Mapping[str, Any], source: Source) ->
             "or delete the head from the weights"
         )
     return {name: info for name, info in source.tensors.items() if name != head.name}
+
+
+def _file_identity(file: Path) -> list[Any]:
+    """[size, SHA-256 as the hub states it, or a digest of samples]."""
+    size = stamp(file).nbytes
+    blob = file.resolve().name
+    if file.is_symlink() and _SHA256.fullmatch(blob):
+        return [size, f"sha256:{blob}"]
+    hasher = blake3()
+    with RangeReader(file) as reader:
+        for i in range(_SAMPLES):
+            at = i * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1)
+            sample = np.empty(min(_SAMPLE_BYTES, size - at), np.uint8)
+            reader.read_into(at, sample)
+            hasher.update(sample.data)
+    return [size, f"blake3:{hasher.hexdigest()}"]
 
 
 def _recorded_digest(checkpoint: Checkpoint) -> str | None:

@@ -21,6 +21,10 @@ class Context:
         allow_pickle: `.bin` weights may be read, through torch's weights_only loader.
         trust_remote_code: Python code inside a checkpoint may run. Never a default.
         threads: worker threads (None: as many as there are cores).
+        memory_bytes: bound of the anonymous memory of a merge (None: a quarter of what is free, at most 2 GiB).
+        reload_check: what was written is loaded through transformers, unless it is proved to load.
+        attest: every byte of the inputs is hashed; else large ones are identified by their headers and by samples.
+        flush: outputs are on the disk, not only in the system's cache, before they get their name.
         progress: where to report.
     """
 
@@ -31,4 +35,8 @@ class Context:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     threads: int | None = None
+    memory_bytes: int | None = None
+    reload_check: bool = True
+    attest: bool = False
+    flush: bool = True
     progress: Progress = field(default_factory=Silent)

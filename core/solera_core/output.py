@@ -20,6 +20,7 @@ from solera_core.checkpoint import read_config
 from solera_core.errors import VerificationError
 from solera_core.headers import TensorInfo
 from solera_core.provenance import InputRecord, data_record, input_record, verify, write_provenance
+from solera_core.reload_check import require_exact
 from solera_core.shards import find_weights, read_headers
 from solera_core.sidecars import copy_sidecars
 
@@ -70,16 +71,7 @@ def check_output(directory: Path, *, reload: bool = True, trust_remote_code: boo
         from solera_core.causal_lm import load_report
 
         report = load_report(directory, trust_remote_code=trust_remote_code)
-        wrong = [
-            f"{kind} {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-            for kind, names in report.items()
-            if names
-        ]
-        if wrong:
-            raise VerificationError(
-                f"{directory}: transformers does not load it exactly: {'; '.join(wrong)}; "
-                f"the tensors do not fit model_type {config.get('model_type')!r}"
-            )
+        require_exact(directory, report)
         checks["transformers"] = dict(sorted(report.items()))
     return checks
 

@@ -49,7 +49,7 @@ class InputRecord:
         name: its role (`base`, `teacher`, a domain, ...).
         ref: the reference as the user wrote it.
         revision: the hub commit, where there is one.
-        digest: of its content, with the algorithm in front.
+        digest: of its content, with the algorithm in front (`sampled:`: see `Checkpoint.identity`).
     """
 
     name: str
@@ -58,9 +58,10 @@ class InputRecord:
     digest: str
 
 
-def input_record(checkpoint: Checkpoint, name: str | None = None) -> InputRecord:
-    """The record of a model; `name` is its role (default: its reference)."""
-    return InputRecord(name or checkpoint.ref, checkpoint.ref, checkpoint.revision, checkpoint.digest())
+def input_record(checkpoint: Checkpoint, name: str | None = None, *, attest: bool = True) -> InputRecord:
+    """The record of a model; `name` is its role (default: its reference). `attest`: every byte of it is hashed."""
+    digest = checkpoint.digest() if attest else checkpoint.identity()
+    return InputRecord(name or checkpoint.ref, checkpoint.ref, checkpoint.revision, digest)
 
 
 def data_record(name: str, source: DataSource, base_dir: Path) -> InputRecord:

@@ -70,12 +70,15 @@ def fsync_tree(root: Path) -> None:
 
 
 @contextmanager
-def staged(target: Path, *, overwrite: bool = False, resume_key: str | None = None) -> Iterator[Path]:
+def staged(
+    target: Path, *, overwrite: bool = False, resume_key: str | None = None, flush: bool = True
+) -> Iterator[Path]:
     """Yield a staging directory beside `target`; on a clean exit it becomes `target`, else it is removed.
 
     With `resume_key`, a staging directory left by a killed or interrupted run that had the same key is handed over
     with its contents (the caller must verify them); one with another key is wiped. A run that ends in an ordinary
     error is wiped too, so bad input leaves nothing behind; KeyboardInterrupt and kills leave a resumable staging.
+    Without `flush` a power cut soon after the end can lose the output (a kill cannot).
 
     Raises:
         TargetError: the target is in the way, or another run is writing to it.
@@ -101,7 +104,8 @@ def staged(target: Path, *, overwrite: bool = False, resume_key: str | None = No
                 key_file.write_text(resume_key)
             yield staging
             key_file.unlink(missing_ok=True)
-            fsync_tree(staging)
+            if flush:
+                fsync_tree(staging)
             _become(staging, target, overwrite=overwrite)
         except KeyboardInterrupt:
             keep = resume_key is not None

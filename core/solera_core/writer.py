@@ -1,11 +1,14 @@
 """Writing a checkpoint whose layout is known before its contents.
 
 The shard files are created at their final size, header first, so that a full disk is found before any computation;
-then blocks of tensors are written at their final places, by any number of threads, and hashed on the way.
+then blocks of tensors are written at their final places, by any number of threads, and hashed on the way. A journal
+names every finished tensor with its digest, so that a run that was killed can go on; its claims are checked.
 """
 
 import contextlib
+import ctypes
 import errno
+import functools
 import json
 import math
 import os
@@ -19,15 +22,20 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from solera_core.digest import tensor_digest
 from solera_core.dtypes import FLOATS, ITEM_BYTES, from_float32, nonfinite
 from solera_core.errors import CheckpointError
 
-__all__ = ["INDEX_NAME", "SHARD_BYTES", "CheckpointWriter", "ShardLayout", "TensorSpec", "layout"]
+__all__ = ["INDEX_NAME", "JOURNAL_NAME", "SHARD_BYTES", "CheckpointWriter", "ShardLayout", "TensorSpec", "layout"]
 
 SHARD_BYTES: Final = 5_000_000_000
 """As huggingface_hub splits; transformers 5 alone would write shards of 50 GB."""
 
 INDEX_NAME: Final = "model.safetensors.index.json"
+JOURNAL_NAME: Final = ".finished-tensors"
+"""One JSON line a finished tensor: [name, digest]. Only in a staging directory."""
+
+_FLUSH_BYTES: Final = 1 << 25  # written bytes after which the disk is set to work: 32 MiB
 _BLOCK: Final = 1 << 18  # elements cast, checked and hashed at a time: 1 MB of float32, which stays in cache
 
 
@@ -134,7 +142,8 @@ class _Slot:
     descriptor: int
     begin: int
     file: Path
-    done: int = 0
+    done: int = 0  # elements
+    unflushed: int = 0  # bytes at the end of what is done that the disk has not been told to write
     hash: blake3 = field(default_factory=blake3)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -144,6 +153,9 @@ class CheckpointWriter:
 
     Tensors may be written by several threads at once; the blocks of one tensor must come in order, because its
     digest is computed on the way. Use it as a context manager, or call `finish` or `close`.
+
+    Where `directory` was left by a killed run with the same tensors, those that its journal lists are hashed again;
+    the ones that are whole need not be written (`is_done`).
 
     Example:
         >>> with CheckpointWriter(staging, [TensorSpec("w", "BF16", (2, 3))]) as writer:
@@ -161,18 +173,38 @@ class CheckpointWriter:
         self._shards = layout(specs, shard_bytes=shard_bytes)
         self._descriptors: list[int] = []
         self._slots: dict[str, _Slot] = {}
+        self._digests: dict[str, str] = {}
+        journal = directory / JOURNAL_NAME
+        claims = _read_journal(journal)
         try:
             for shard in self._shards:
                 path = directory / shard.file
-                descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_CLOEXEC, 0o644)
+                as_left = path.exists() and path.stat().st_size == shard.nbytes
+                mode = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | (0 if as_left else os.O_TRUNC)
+                descriptor = os.open(path, mode, 0o644)
                 self._descriptors.append(descriptor)
                 _allocate(descriptor, shard.nbytes)
                 _pwrite(descriptor, memoryview(shard.header), 0)
                 for spec in shard.specs:
-                    self._slots[spec.name] = _Slot(spec, descriptor, shard.begins[spec.name], path)
+                    slot = self._slots[spec.name] = _Slot(spec, descriptor, shard.begins[spec.name], path)
+                    if as_left and spec.name in claims and _digest_on_disk(slot) == claims[spec.name]:
+                        slot.done = spec.size
+                        self._digests[spec.name] = claims[spec.name]
+            self._write_index()
+            self._journal = os.open(journal, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._descriptors.append(self._journal)
+            for name in self._order:
+                if name in self._digests:
+                    self._note(name)
+                elif self._slots[name].spec.size == 0:
+                    self._finish_tensor(self._slots[name])
         except BaseException:
             self.close()
             raise
+
+    def is_done(self, name: str) -> bool:
+        """Whether a tensor is complete, of this run or of the killed one before."""
+        return name in self._digests
 
     def write_flat(self, name: str, start: int, values: npt.NDArray[np.float32]) -> None:
         """Write float32 values at element offset `start` of tensor `name`, cast to its dtype, nearest even.
@@ -208,7 +240,7 @@ class CheckpointWriter:
                 self._put(slot, flat[at : at + _BLOCK * 4], None, checked=checked)
 
     def finish(self) -> dict[str, str]:
-        """Write the index where there are several shards, close the files; `{tensor: "blake3:<hex>"}` in order.
+        """Close the files and remove the journal; `{tensor: "blake3:<hex>"}` in order.
 
         Raises:
             ValueError: a tensor is incomplete (a bug of the caller).
@@ -217,12 +249,8 @@ class CheckpointWriter:
         if missing:
             raise ValueError(f"{len(missing)} tensors are incomplete: {', '.join(missing[:5])}")
         self.close()
-        if len(self._shards) > 1:
-            weight_map = {spec.name: shard.file for shard in self._shards for spec in shard.specs}
-            total = sum(spec.nbytes for shard in self._shards for spec in shard.specs)
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        return {name: "blake3:" + self._slots[name].hash.hexdigest() for name in self._order}
+        (self._directory / JOURNAL_NAME).unlink()
+        return {name: self._digests[name] for name in self._order}
 
     def close(self) -> None:
         """Close the files, finished or not."""
@@ -235,6 +263,20 @@ class CheckpointWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _write_index(self) -> None:
+        if len(self._shards) > 1:
+            weight_map = {spec.name: shard.file for shard in self._shards for spec in shard.specs}
+            total = sum(spec.nbytes for shard in self._shards for spec in shard.specs)
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _finish_tensor(self, slot: _Slot) -> None:
+        self._digests[slot.spec.name] = "blake3:" + slot.hash.hexdigest()
+        self._note(slot.spec.name)
+
+    def _note(self, name: str) -> None:
+        os.write(self._journal, (json.dumps([name, self._digests[name]]) + "\n").encode())
 
     def _slot(self, name: str) -> _Slot:
         if name not in self._slots:
@@ -277,6 +319,49 @@ class CheckpointWriter:
         _pwrite(slot.descriptor, raw.data, slot.begin + slot.done * ITEM_BYTES[spec.dtype])
         slot.hash.update(raw.data)
         slot.done += raw.size // ITEM_BYTES[spec.dtype]
+        slot.unflushed += raw.size
+        if slot.unflushed >= _FLUSH_BYTES or slot.done == spec.size:
+            end = slot.begin + slot.done * ITEM_BYTES[spec.dtype]
+            _start_writeback(slot.descriptor, end - slot.unflushed, slot.unflushed)
+            slot.unflushed = 0
+        if slot.done == spec.size:
+            self._finish_tensor(slot)
+
+
+def _read_journal(file: Path) -> dict[str, str]:
+    """What a killed run says it has finished; a last line that was cut off is left out."""
+    claims: dict[str, str] = {}
+    if file.exists():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                name, digest = json.loads(line)
+            except ValueError:
+                continue
+            claims[str(name)] = str(digest)
+    return claims
+
+
+def _digest_on_disk(slot: _Slot) -> str:
+    def read(start: int, stop: int) -> npt.NDArray[np.uint8]:
+        width = ITEM_BYTES[slot.spec.dtype]
+        data = os.pread(slot.descriptor, (stop - start) * width, slot.begin + start * width)
+        return np.frombuffer(data, np.uint8)
+
+    return tensor_digest(slot.spec.size, read)
+
+
+def _start_writeback(descriptor: int, offset: int, count: int) -> None:
+    """Let the disk begin to write while we compute, so that the flush at the end has little left to wait for.
+
+    A hint: a system without the call (it is Linux's) just flushes later.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        _libc().sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(count), ctypes.c_uint(2))
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def _allocate(descriptor: int, size: int) -> None:

@@ -21,8 +21,9 @@ from solera_core.progress import Progress
 from solera_core.ranges import RangeReader
 from solera_core.writer import CheckpointWriter
 from solera_merge.block import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Block, Float32, Unit, block_starts
+from solera_merge.memory import Budget, default_memory_bytes
 from solera_merge.methods.catalogue import METHODS
-from solera_merge.plan import COPY, SourceTensor, TensorPlan
+from solera_merge.plan import COPY, SourceTensor, TensorPlan, tensor_bytes
 
 if TYPE_CHECKING:
     from solera_merge.fused import RawBlock
@@ -41,9 +42,13 @@ def execute(
     *,
     threads: int,
     progress: Progress,
+    memory_bytes: int | None = None,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> None:
     """Merge all tensors into the writer, the largest first (so that no thread is left alone with one at the end).
+
+    Tensors that the writer has from a killed run are left as they are. `memory_bytes` bounds what the threads hold
+    together: where not all of them fit, some wait.
 
     Raises:
         CheckpointError: an input is not finite, or changed since it was planned; the first error found is raised, and
@@ -52,7 +57,9 @@ def execute(
     """
     stop = threading.Event()
     lock = threading.Lock()
-    total = sum(checkpoints[s.model].tensors[s.name].nbytes for tensor in tensors for s in tensor.sources)
+    open_tensors = [tensor for tensor in tensors if not writer.is_done(tensor.name)]
+    total = sum(checkpoints[s.model].tensors[s.name].nbytes for tensor in open_tensors for s in tensor.sources)
+    budget = Budget(default_memory_bytes() if memory_bytes is None else memory_bytes)
     with progress.task("merging", total, "bytes") as task, ThreadPoolExecutor(threads, "merge") as pool:
 
         def advance(amount: int) -> None:
@@ -66,9 +73,11 @@ def execute(
 
             def work(tensor: TensorPlan) -> None:
                 finding = findings.get(tensor.name)
-                merge_tensor(tensor, checkpoints, writer, advance, finding=finding, block_elements=block_elements)
+                with budget.take(tensor_bytes(tensor)):
+                    advance(0)  # another thread may have failed while this one waited
+                    merge_tensor(tensor, checkpoints, writer, advance, finding=finding, block_elements=block_elements)
 
-            largest_first = sorted(tensors, key=lambda tensor: -tensor.spec.nbytes)
+            largest_first = sorted(open_tensors, key=lambda tensor: -tensor.spec.nbytes)
             futures = [pool.submit(work, tensor) for tensor in largest_first]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in futures:

@@ -15,27 +15,44 @@ from typing import Any
 from solera_core.architecture import is_embedding, is_head, vocab_size
 from solera_core.checkpoint import Checkpoint
 from solera_core.context import Context
+from solera_core.digest import json_digest
 from solera_core.dtypes import FLOATS, ITEM_BYTES, SAFETENSORS_NAME
-from solera_core.errors import CheckpointError, ConfigError
+from solera_core.errors import CheckpointError, ConfigError, ResourceError
 from solera_core.plan import Plan
 from solera_core.strict import did_you_mean
+from solera_core.version import __version__
 from solera_core.writer import TensorSpec, layout
-from solera_merge.block import BLOCK_ELEMENTS
+from solera_merge.block import BLOCK_ELEMENTS, block_starts
 from solera_merge.config import MergeConfig
 from solera_merge.config_json import output_config
 from solera_merge.masks import key
+from solera_merge.memory import default_memory_bytes
+from solera_merge.methods.catalogue import METHODS
 from solera_merge.models import Models, compare, open_models
 from solera_merge.problems import Problems
 from solera_merge.resolve import resolve
 from solera_merge.runs import runs_of
 from solera_merge.targets import Target, find_targets
 
-__all__ = ["COPY", "MergePlan", "SourceTensor", "TensorPlan", "describe", "make_plan", "worker_threads"]
+__all__ = [
+    "COPY",
+    "MergePlan",
+    "SourceTensor",
+    "TensorPlan",
+    "budget_bytes",
+    "describe",
+    "make_plan",
+    "plan_key",
+    "require_memory",
+    "tensor_bytes",
+    "worker_threads",
+]
 
 COPY = "copy"
 """What happens to tensors that are no floating-point numbers: equal in all sources, and copied."""
 
 _TEMPORARIES = 8  # float32 blocks that a formula and the cast hold besides the sources
+_SELECTION_BYTES = 4 << 20  # histograms and the elements of one bin, a model
 _TORCH_NAME = {name: torch for torch, name in SAFETENSORS_NAME.items()}
 
 
@@ -139,6 +156,12 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     return MergePlan(tuple(tensors), content, tuple(donor.sidecars), tuple(dict.fromkeys(warnings))), models
 
 
+def plan_key(plan: MergePlan, models: Models) -> str:
+    """What a killed run and this one must have in common for this one to go on: plan, inputs, version."""
+    inputs = [checkpoint.fingerprint() for checkpoint in models.checkpoints]
+    return json_digest([__version__, repr(plan.tensors), dict(plan.config), inputs])
+
+
 def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context) -> Plan:
     """The plan as every stage shows it (`--dry-run`)."""
     used = Counter[int]()
@@ -151,22 +174,51 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
     ]
     writes: list[Mapping[str, Any]] = [{"what": s.file, "bytes": s.nbytes} for s in layout(plan.specs)]
     writes += [{"what": f.name, "bytes": f.stat().st_size} for f in plan.sidecars]
-    most = max((len(tensor.sources) for tensor in plan.tensors), default=0)
     return Plan(
         stage="merge",
         reads=reads,
         writes=writes,
-        memory_bytes=worker_threads(ctx) * (most * 2 + _TEMPORARIES) * BLOCK_ELEMENTS * 4,
+        memory_bytes=peak_bytes(plan.tensors, ctx),
         disk_bytes=plan.disk_bytes,
         parameters={
             **config.model_dump(mode="json", exclude_none=True),
             "dtype": plan.config.get("dtype") or plan.config.get("torch_dtype"),
             "seed": ctx.seed,
             "threads": worker_threads(ctx),
+            "memory": budget_bytes(ctx),
         },
         rows=[_row(tensor, models, list(config.method.parameters)) for tensor in plan.tensors],
         warnings=plan.warnings,
     )
+
+
+def tensor_bytes(tensor: TensorPlan) -> int:
+    """Memory that merging one tensor takes: blocks of float32 of its sources, their raw bytes, and temporaries."""
+    unit = "elements" if tensor.method == COPY else METHODS[tensor.method].unit
+    starts = block_starts(tensor.shape, unit, BLOCK_ELEMENTS)
+    block = starts[1] - starts[0] if len(starts) > 1 else 0
+    return (len(tensor.sources) * 2 + _TEMPORARIES) * block * 4 + len(tensor.models) * _SELECTION_BYTES
+
+
+def peak_bytes(tensors: Sequence[TensorPlan], ctx: Context) -> int:
+    """Memory of the whole merge: the most hungry tensors side by side, one a thread, within the bound."""
+    needs = sorted((tensor_bytes(tensor) for tensor in tensors), reverse=True)
+    return min(sum(needs[: worker_threads(ctx)]), max(budget_bytes(ctx), needs[0] if needs else 0))
+
+
+def budget_bytes(ctx: Context) -> int:
+    """The bound of the anonymous memory of a merge."""
+    return ctx.memory_bytes if ctx.memory_bytes is not None else default_memory_bytes()
+
+
+def require_memory(tensors: Sequence[TensorPlan], ctx: Context) -> None:
+    """Raise ResourceError when one tensor alone needs more than the bound."""
+    for tensor in tensors:
+        if (need := tensor_bytes(tensor)) > budget_bytes(ctx):
+            raise ResourceError(
+                f"{tensor.name!r} {tensor.shape}: {tensor.method} needs {need / 1e6:.0f} MB for it, and the bound is "
+                f"{budget_bytes(ctx) / 1e6:.0f} MB; raise it with --memory if the machine has more"
+            )
 
 
 def worker_threads(ctx: Context) -> int:

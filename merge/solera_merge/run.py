@@ -1,17 +1,25 @@
 """The merge stage: a recipe and models in, a verified checkpoint out."""
 
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from solera_core.context import Context
 from solera_core.output import check_output, input_record, write_metadata, write_provenance
 from solera_core.plan import Plan
+from solera_core.reload_check import ReloadCheck
 from solera_core.staging import check_target, require_disk, staged
 from solera_core.writer import CheckpointWriter
 from solera_merge.config import MergeConfig
 from solera_merge.engine import execute
-from solera_merge.plan import describe, make_plan, worker_threads
+from solera_merge.models import Models
+from solera_merge.plan import MergePlan, budget_bytes, describe, make_plan, plan_key, require_memory, worker_threads
 
 __all__ = ["merge", "plan_merge"]
+
+# What config.json may say differently about equal models: number format, and who wrote it.
+_NOT_FORM = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
 def plan_merge(config: MergeConfig, ctx: Context) -> Plan:
@@ -27,9 +35,12 @@ def plan_merge(config: MergeConfig, ctx: Context) -> Plan:
 def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
     """Merge models into a new checkpoint at `out`; the same recipe, inputs and seed give the same bytes.
 
+    A run that was killed goes on where it stood when the same one is started again: tensors that it had finished are
+    hashed, not merged again.
+
     Raises:
-        InputError: as `plan_merge`; or the target is in the way; or an input holds NaN or infinity.
-        DiskFullError: found before anything is computed.
+        InputError: as `plan_merge`; or the target is in the way; or an input holds NaN or infinity, or was changed.
+        ResourceError: a tensor needs more memory than allowed, or the disk is too small: found before any computation.
         VerificationError: what was written cannot be loaded as it should be (a bug, or a model that its own config
             does not describe).
     """
@@ -37,20 +48,59 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
     plan, models = make_plan(config, ctx)
     for warning in plan.warnings:
         ctx.progress.note(warning)
+    require_memory(plan.tensors, ctx)
     require_disk(out.parent, plan.disk_bytes)
-    with staged(out, overwrite=ctx.overwrite) as staging:
-        with CheckpointWriter(staging, plan.specs) as writer:
-            execute(plan.tensors, models.checkpoints, writer, threads=worker_threads(ctx), progress=ctx.progress)
-            digests = writer.finish()
+    key = plan_key(plan, models)
+    with (
+        staged(out, overwrite=ctx.overwrite, resume_key=key, flush=ctx.flush) as staging,
+        CheckpointWriter(staging, plan.specs) as writer,
+        ExitStack() as beside,
+    ):
         write_metadata(staging, config=plan.config, sidecars=plan.sidecars)
-        checks = check_output(staging, trust_remote_code=ctx.trust_remote_code)
+        reload = _reload_check(staging, plan, models, ctx, beside)
+        execute(
+            plan.tensors,
+            models.checkpoints,
+            writer,
+            threads=worker_threads(ctx),
+            memory_bytes=budget_bytes(ctx),
+            progress=ctx.progress,
+        )
+        digests = writer.finish()
+        checks = check_output(staging, reload=False, trust_remote_code=ctx.trust_remote_code)
+        checks["transformers"] = reload.result() if isinstance(reload, ReloadCheck) else reload
         write_provenance(
             staging,
             kind="merge",
             recipe=config.model_dump(mode="json", exclude_none=True),
             seed=ctx.seed,
-            inputs=[input_record(checkpoint) for checkpoint in models.checkpoints],
+            inputs=[input_record(checkpoint, attest=ctx.attest) for checkpoint in models.checkpoints],
             tensors=digests,
             checks=checks,
         )
     return out
+
+
+def _reload_check(
+    staging: Path, plan: MergePlan, models: Models, ctx: Context, beside: ExitStack
+) -> ReloadCheck | Mapping[str, str]:
+    """A check that runs beside the merge, or the reason why none is needed."""
+    if not ctx.reload_check:
+        return {"skipped": "--no-reload-check"}
+    if (ref := _input_of_the_same_form(plan, models)) is not None:
+        return {"skipped": f"names, shapes and config are those of {ref}"}
+    return beside.enter_context(ReloadCheck(staging, trust_remote_code=ctx.trust_remote_code))
+
+
+def _input_of_the_same_form(plan: MergePlan, models: Models) -> str | None:
+    """An input whose names, shapes and config the output has: it loads exactly as that one does."""
+    shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
+    form = _form(plan.config)
+    for checkpoint in models.checkpoints:
+        if _form(checkpoint.config) == form and {n: t.shape for n, t in checkpoint.tensors.items()} == shapes:
+            return checkpoint.ref
+    return None
+
+
+def _form(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _NOT_FORM}

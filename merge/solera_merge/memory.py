@@ -1,0 +1,59 @@
+"""How much memory a merge may take, and a gate that keeps the threads within it."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["Budget", "default_memory_bytes"]
+
+_MOST = 2 << 30
+_LEAST = 256 << 20
+
+
+def default_memory_bytes() -> int:
+    """A quarter of the memory that is free (control groups count), at most 2 GiB, at least 256 MiB."""
+    return max(min(_free_bytes() // 4, _MOST), _LEAST)
+
+
+def _free_bytes() -> int:
+    lines = _lines(Path("/proc/meminfo"))
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        most, now = _lines(Path(limit)), _lines(Path(used))
+        if most and now and most[0].isdigit():
+            free.append(max(int(most[0]) - int(now[0]), 0))
+    return min(free, default=4 * _MOST)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+
+
+class Budget:
+    """Bytes that several threads share: whoever would exceed them waits until another has finished."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self._free = total_bytes
+        self._total = total_bytes
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, need_bytes: int) -> Iterator[None]:
+        """Hold `need_bytes` (never more than all there are) while the body runs."""
+        need = min(need_bytes, self._total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= need)
+            self._free -= need
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += need
+                self._changed.notify_all()
