@@ -148,9 +148,9 @@ class Checkpoint:
         """What the model is, without reading all of it where that takes long.
 
         `digest()` where solera.json tells it or the weights are at most 64 MiB. Else `sampled:...`: over config,
-        headers and, of every file, the hub's own SHA-256 (its name in the hub's cache) or 64 samples of 4 KiB spread evenly
-        over it. Independent of when and where the files were made. Two fine-tunes differ in it; a change of a few bytes
-        somewhere does not show.
+        headers and, of every file, the SHA-256 that the hub calls it by in its cache, or 64 samples of 4 KiB spread
+        evenly over it. Independent of when and where the files were made. Two fine-tunes differ in it; a change of a
+        few bytes somewhere does not show.
         """
         if sum(info.nbytes for info in self.tensors.values()) <= _HASHED_WHOLE or _recorded_digest(self) is not None:
             return self.digest()

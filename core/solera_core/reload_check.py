@@ -5,6 +5,7 @@ disk before the first weight is computed. So the import of transformers (seconds
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ class ReloadCheck:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},  # the same packages as here
             )
 
     def __enter__(self) -> Self:

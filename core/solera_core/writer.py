@@ -8,7 +8,6 @@ names every finished tensor with its digest, so that a run that was killed can g
 import contextlib
 import ctypes
 import errno
-import functools
 import json
 import math
 import os
@@ -16,6 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Final, Self
 
 import numpy as np
@@ -154,6 +154,8 @@ class CheckpointWriter:
     Tensors may be written by several threads at once; the blocks of one tensor must come in order, because its
     digest is computed on the way. Use it as a context manager, or call `finish` or `close`.
 
+    `early_flush` has the disk write while the computation goes on; the caller flushes at the end all the same.
+
     Where `directory` was left by a killed run with the same tensors, those that its journal lists are hashed again;
     the ones that are whole need not be written (`is_done`).
 
@@ -167,8 +169,16 @@ class CheckpointWriter:
             (`solera_core.staging.staged` turns it into DiskFullError).
     """
 
-    def __init__(self, directory: Path, specs: Sequence[TensorSpec], *, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        specs: Sequence[TensorSpec],
+        *,
+        shard_bytes: int = SHARD_BYTES,
+        early_flush: bool = False,
+    ) -> None:
         self._directory = directory
+        self._flusher = _Flusher() if early_flush else None
         self._order = [spec.name for spec in specs]
         self._shards = layout(specs, shard_bytes=shard_bytes)
         self._descriptors: list[int] = []
@@ -254,6 +264,9 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Close the files, finished or not."""
+        if self._flusher is not None:
+            self._flusher.stop()
+            self._flusher = None
         descriptors, self._descriptors = self._descriptors, []
         for descriptor in descriptors:
             os.close(descriptor)
@@ -322,7 +335,8 @@ class CheckpointWriter:
         slot.unflushed += raw.size
         if slot.unflushed >= _FLUSH_BYTES or slot.done == spec.size:
             end = slot.begin + slot.done * ITEM_BYTES[spec.dtype]
-            _start_writeback(slot.descriptor, end - slot.unflushed, slot.unflushed)
+            if self._flusher is not None:
+                self._flusher.start(slot.descriptor, end - slot.unflushed, slot.unflushed)
             slot.unflushed = 0
         if slot.done == spec.size:
             self._finish_tensor(slot)
@@ -333,11 +347,10 @@ def _read_journal(file: Path) -> dict[str, str]:
     claims: dict[str, str] = {}
     if file.exists():
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                name, digest = json.loads(line)
-            except ValueError:
-                continue
-            claims[str(name)] = str(digest)
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, list) and len(entry) == 2:
+                    claims[str(entry[0])] = str(entry[1])
     return claims
 
 
@@ -350,18 +363,36 @@ def _digest_on_disk(slot: _Slot) -> str:
     return tensor_digest(slot.spec.size, read)
 
 
-def _start_writeback(descriptor: int, offset: int, count: int) -> None:
-    """Let the disk begin to write while we compute, so that the flush at the end has little left to wait for.
+class _Flusher:
+    """Lets the disk begin to write while we compute, so that the flush at the end has little left to wait for.
 
-    A hint: a system without the call (it is Linux's) just flushes later.
+    The call waits while the disk's queue is full, so it has a thread of its own. It is a hint: a system without it (it
+    is Linux's) just flushes at the end.
     """
-    with contextlib.suppress(AttributeError, OSError):
-        _libc().sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(count), ctypes.c_uint(2))
 
+    def __init__(self) -> None:
+        self._ranges: SimpleQueue[tuple[int, int, int] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="flush", daemon=True)
+        self._thread.start()
 
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
+    def start(self, descriptor: int, offset: int, count: int) -> None:
+        """Have a range written soon."""
+        self._ranges.put((descriptor, offset, count))
+
+    def stop(self) -> None:
+        """Forget what has not begun (the flush at the end covers it), and wait for the call under way."""
+        self._stopped = True
+        self._ranges.put(None)
+        self._thread.join()
+
+    _stopped = False
+
+    def _work(self) -> None:
+        write = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+        while (piece := self._ranges.get()) is not None:
+            if write is not None and not self._stopped:
+                descriptor, offset, count = piece
+                write(descriptor, ctypes.c_int64(offset), ctypes.c_int64(count), ctypes.c_uint(2))
 
 
 def _allocate(descriptor: int, size: int) -> None:

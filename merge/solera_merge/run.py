@@ -53,7 +53,7 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
     key = plan_key(plan, models)
     with (
         staged(out, overwrite=ctx.overwrite, resume_key=key, flush=ctx.flush) as staging,
-        CheckpointWriter(staging, plan.specs) as writer,
+        CheckpointWriter(staging, plan.specs, early_flush=ctx.flush) as writer,
         ExitStack() as beside,
     ):
         write_metadata(staging, config=plan.config, sidecars=plan.sidecars)

@@ -26,7 +26,7 @@ from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError, DiskFullError
 from solera_core.staging import staged
-from solera_core.writer import CheckpointWriter, TensorSpec, layout
+from solera_core.writer import JOURNAL_NAME, CheckpointWriter, TensorSpec, layout
 
 INDEX = "model.safetensors.index.json"
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "U8": torch.uint8}
@@ -301,3 +301,72 @@ def test_a_real_limit_of_the_operating_system(tmp_path: Path) -> None:
     assert run.returncode == 4, run.stderr
     assert "a file grew beyond what is allowed" in run.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+# Going on after a kill
+
+
+def half_written(directory: Path, tensors: dict[str, np.ndarray]) -> list[TensorSpec]:
+    """Two tensors whole and one begun, as a killed run leaves them: nothing is finished or closed."""
+    specs = [TensorSpec(name, "F32", values.shape) for name, values in tensors.items()]
+    writer = CheckpointWriter(directory, specs, shard_bytes=100)
+    names = list(tensors)
+    for name in (names[3], names[0]):
+        writer.write_flat(name, 0, tensors[name])
+    writer.write_flat(names[4], 0, tensors[names[4]].reshape(-1)[:10])
+    writer.close()
+    return specs
+
+
+def test_finished_tensors_need_not_be_written_again(tmp_path: Path) -> None:
+    tensors = some()
+    write(tmp_path / "whole", tensors, "F32", shard_bytes=100)
+    specs = half_written(tmp_path, tensors)
+    with CheckpointWriter(tmp_path, specs, shard_bytes=100) as writer:
+        names = list(tensors)
+        assert [n for n in names if writer.is_done(n)] == [names[0], names[3]]
+        for name in names:
+            if not writer.is_done(name):
+                writer.write_flat(name, 0, tensors[name])
+        digests = writer.finish()
+    assert digests == {n: "blake3:" + blake3(v.tobytes()).hexdigest() for n, v in tensors.items()}
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+    assert not (tmp_path / JOURNAL_NAME).exists()
+
+
+def test_the_journal_is_checked_not_trusted(tmp_path: Path) -> None:
+    tensors = some()
+    specs = half_written(tmp_path, tensors)
+    shard = next(s for s in layout(specs, shard_bytes=100) if "layer.3.weight" in s.begins)
+    with (tmp_path / shard.file).open("r+b") as file:
+        file.seek(shard.begins["layer.3.weight"] + 5)
+        file.write(b"\x00\x01")
+    with CheckpointWriter(tmp_path, specs, shard_bytes=100) as writer:
+        assert writer.is_done("layer.0.weight")
+        assert not writer.is_done("layer.3.weight")
+
+
+@pytest.mark.parametrize("damage", ["", '["layer.0.weight", "blake3:', "null\n", "\xff\n"])
+def test_a_journal_that_was_cut_off(damage: str, tmp_path: Path) -> None:
+    tensors = some()
+    specs = half_written(tmp_path, tensors)
+    (tmp_path / JOURNAL_NAME).write_text(damage, encoding="latin-1")
+    with CheckpointWriter(tmp_path, specs, shard_bytes=100) as writer:
+        assert not any(writer.is_done(name) for name in tensors)
+
+
+def test_files_of_another_size_are_begun_anew(tmp_path: Path) -> None:
+    tensors = some()
+    specs = half_written(tmp_path, tensors)
+    for file in tmp_path.glob("*.safetensors"):
+        os.truncate(file, 50)
+    with CheckpointWriter(tmp_path, specs, shard_bytes=100) as writer:
+        assert not any(writer.is_done(name) for name in tensors)
+
+
+def test_the_disk_may_write_early(tmp_path: Path) -> None:
+    big = {"a": np.arange(20_000_000, dtype=np.float32)}
+    plain = write(tmp_path / "plain", big, "F32")
+    assert write(tmp_path / "early", big, "F32", early_flush=True) == plain
+    assert (tmp_path / "early/model.safetensors").read_bytes() == (tmp_path / "plain/model.safetensors").read_bytes()
