@@ -33,7 +33,7 @@ SHARD_BYTES: Final = 5_000_000_000
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 JOURNAL_NAME: Final = ".finished-tensors"
-"""One JSON line a finished tensor: [name, digest]. Only in a staging directory."""
+"""One JSON line a finished tensor: [name, digest, annotation]. Only in a staging directory."""
 
 _FLUSH_BYTES: Final = 1 << 25  # written bytes after which the disk is set to work: 32 MiB
 _BLOCK: Final = 1 << 18  # elements cast, checked and hashed at a time: 1 MB of float32, which stays in cache
@@ -184,6 +184,7 @@ class CheckpointWriter:
         self._descriptors: list[int] = []
         self._slots: dict[str, _Slot] = {}
         self._digests: dict[str, str] = {}
+        self._annotations: dict[str, float | None] = {}
         journal = directory / JOURNAL_NAME
         claims = _read_journal(journal)
         try:
@@ -197,9 +198,11 @@ class CheckpointWriter:
                 _pwrite(descriptor, memoryview(shard.header), 0)
                 for spec in shard.specs:
                     slot = self._slots[spec.name] = _Slot(spec, descriptor, shard.begins[spec.name], path)
-                    if as_left and spec.name in claims and _digest_on_disk(slot) == claims[spec.name]:
+                    claim = claims.get(spec.name)
+                    if as_left and claim is not None and _digest_on_disk(slot) == claim.digest:
                         slot.done = spec.size
-                        self._digests[spec.name] = claims[spec.name]
+                        self._digests[spec.name] = claim.digest
+                        self._annotations[spec.name] = claim.annotation
             self._write_index()
             self._journal = os.open(journal, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o644)
             self._descriptors.append(self._journal)
@@ -215,6 +218,14 @@ class CheckpointWriter:
     def is_done(self, name: str) -> bool:
         """Whether a tensor is complete, of this run or of the killed one before."""
         return name in self._digests
+
+    def annotate(self, name: str, value: float) -> None:
+        """A figure about a tensor that must outlive a kill. To be told before the tensor's last block is written."""
+        self._annotations[name] = value
+
+    def annotation(self, name: str) -> float | None:
+        """What was told about a tensor, by this run or by the killed one before."""
+        return self._annotations.get(name)
 
     def write_flat(self, name: str, start: int, values: npt.NDArray[np.float32]) -> None:
         """Write float32 values at element offset `start` of tensor `name`, cast to its dtype, nearest even.
@@ -289,7 +300,7 @@ class CheckpointWriter:
         self._note(slot.spec.name)
 
     def _note(self, name: str) -> None:
-        os.write(self._journal, (json.dumps([name, self._digests[name]]) + "\n").encode())
+        os.write(self._journal, (json.dumps([name, self._digests[name], self.annotation(name)]) + "\n").encode())
 
     def _slot(self, name: str) -> _Slot:
         if name not in self._slots:
@@ -342,15 +353,23 @@ class CheckpointWriter:
             self._finish_tensor(slot)
 
 
-def _read_journal(file: Path) -> dict[str, str]:
+@dataclass(frozen=True)
+class _Claim:
+    """A line of the journal."""
+
+    digest: str
+    annotation: float | None
+
+
+def _read_journal(file: Path) -> dict[str, _Claim]:
     """What a killed run says it has finished; a last line that was cut off is left out."""
-    claims: dict[str, str] = {}
+    claims: dict[str, _Claim] = {}
     if file.exists():
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
-                if isinstance(entry, list) and len(entry) == 2:
-                    claims[str(entry[0])] = str(entry[1])
+                if isinstance(entry, list) and len(entry) == 3:
+                    claims[str(entry[0])] = _Claim(str(entry[1]), entry[2])
     return claims
 
 

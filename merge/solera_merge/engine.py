@@ -21,6 +21,7 @@ from solera_core.progress import Progress
 from solera_core.ranges import RangeReader
 from solera_core.writer import CheckpointWriter
 from solera_merge.block import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Block, Float32, Unit, block_starts
+from solera_merge.drift import relative
 from solera_merge.memory import Budget, default_memory_bytes
 from solera_merge.methods.catalogue import METHODS
 from solera_merge.plan import COPY, SourceTensor, TensorPlan, tensor_bytes
@@ -133,6 +134,8 @@ def _merge_blocks(
     first: int = 0,
 ) -> None:
     """Through the readable formula, from the block that begins at `first` on."""
+    from solera_merge.kernels.drift import add_drift_of_block
+
     streamed = _Streamed(tensor, checkpoints, block_elements, advance)
     method = METHODS[tensor.method]
     keywords = {method.parameters[name].keyword: value for name, value in tensor.parameters.items()}
@@ -140,9 +143,13 @@ def _merge_blocks(
     # An overflow is no warning here: the writer refuses what is not finite, by name.
     with np.errstate(over="ignore", invalid="ignore"):
         formula = method.function(streamed, *([] if method.survey is None else [finding]), **keywords)
+        drift = np.zeros(2)
         for block in streamed.blocks(method.unit):
+            merged = formula(block)
+            add_drift_of_block(merged, block.models[0] if block.base is None else block.base, drift)
             if block.start >= first:
-                writer.write_flat(tensor.name, block.start, formula(block))
+                writer.annotate(tensor.name, relative(drift))
+                writer.write_flat(tensor.name, block.start, merged)
                 advance(round(item_bytes * block.models[0].size))
 
 
@@ -192,13 +199,15 @@ def _merge_raw(
     code, width = CODES[tensor.dtype], ITEM_BYTES[tensor.dtype]
     with _Raw(tensor, checkpoints, block_elements, advance) as raw:
         out = np.empty(raw.step * width, np.uint8)
+        drift = np.zeros(2)
         start = 0
         try:
             formula = FUSED[tensor.method](raw, **keywords)
             for block in raw.blocks():
                 start = block.start
-                if formula(block, out, code):
+                if formula(block, out, code, drift):
                     raise NotFiniteError
+                writer.annotate(tensor.name, relative(drift))
                 writer.write_raw(tensor.name, start, out[: block.n * width], checked=True)
                 raw.advance(block)
             return

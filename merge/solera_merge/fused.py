@@ -68,8 +68,12 @@ class RawTensor(Protocol):
         ...
 
 
-RawFormula: TypeAlias = Callable[[RawBlock, npt.NDArray[np.uint8], int], int]
-"""(block, output bytes, their format) -> what was not finite: bit 0 an input, bit 1 the output."""
+Drift: TypeAlias = npt.NDArray[np.float64]
+RawFormula: TypeAlias = Callable[[RawBlock, npt.NDArray[np.uint8], int, Drift], int]
+"""(block, output bytes, their format, drift) -> what was not finite: bit 0 an input, bit 1 the output.
+
+What is added to `drift`: |result - reference|^2 and |reference|^2; the reference is the base, else the first model.
+"""
 
 _one = np.float32(1)
 
@@ -78,13 +82,13 @@ def linear(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool) -
     """As `methods.linear`."""
     factors = np.array(weight, np.float32)
     divisor = np.float32(sum(weight)) if normalize else _one
-    return lambda b, out, code: weighted_sum(b.raw, b.codes, b.n, factors, divisor, out, code)
+    return lambda b, out, code, drift: weighted_sum(b.raw, b.codes, b.n, factors, divisor, out, code, drift, 0)
 
 
 def passthrough(_tensor: RawTensor, /, *, scale: Sequence[float]) -> RawFormula:
     """As `methods.passthrough`."""
     factors = np.array(scale, np.float32)
-    return lambda b, out, code: weighted_sum(b.raw, b.codes, b.n, factors, _one, out, code)
+    return lambda b, out, code, drift: weighted_sum(b.raw, b.codes, b.n, factors, _one, out, code, drift, 0)
 
 
 def slerp(tensor: RawTensor, /, *, t: float) -> RawFormula:
@@ -96,13 +100,8 @@ def slerp(tensor: RawTensor, /, *, t: float) -> RawFormula:
             raise NotFiniteError
         parts.append(sums)
     c_base, c_model = coefficients(t, *root_sums(*(np.concatenate([p[i] for p in parts]) for i in range(3))))
-    factors = np.array([c_base, c_model], np.float32)
-
-    def formula(block: RawBlock, out: npt.NDArray[np.uint8], code: int) -> int:
-        # The base comes last in a block and first in the sum.
-        return weighted_sum(block.raw[::-1], block.codes[::-1], block.n, factors, _one, out, code)
-
-    return formula
+    factors = np.array([c_model, c_base], np.float32)  # a sum of two has the same bits in either order
+    return lambda b, out, code, drift: weighted_sum(b.raw, b.codes, b.n, factors, _one, out, code, drift, 1)
 
 
 def task_arithmetic(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool, lambda_: float) -> RawFormula:
@@ -110,7 +109,7 @@ def task_arithmetic(_tensor: RawTensor, /, *, weight: Sequence[float], normalize
     factors = np.array(weight, np.float32)
     divisor = np.float32(sum(weight) or 1.0) if normalize else _one
     scale = np.float32(lambda_)
-    return lambda b, out, code: weighted_deltas(b.raw, b.codes, b.n, factors, divisor, scale, out, code)
+    return lambda b, out, code, drift: weighted_deltas(b.raw, b.codes, b.n, factors, divisor, scale, out, code, drift)
 
 
 def ties(
@@ -129,8 +128,8 @@ def ties(
     bits = np.array([cut.bits for cut in cuts], np.uint32)
     last = np.array([min(cut.last, tensor.size) for cut in cuts], np.int64)
     factors, scale = np.array(weight, np.float32), np.float32(lambda_)
-    return lambda b, out, code: merge_largest(
-        b.raw, b.codes, b.n, b.start, bits, last, factors, normalize, scale, out, code
+    return lambda b, out, code, drift: merge_largest(
+        b.raw, b.codes, b.n, b.start, bits, last, factors, normalize, scale, out, code, drift
     )
 
 
@@ -151,8 +150,8 @@ def dare_ties(
     limits = np.array([threshold(d) for d in density], np.uint64)
     kept_factors = np.array(rescale_factors(density, rescale=rescale), np.float32)
     factors, scale = np.array(weight, np.float32), np.float32(lambda_)
-    return lambda b, out, code: merge_random(
-        b.raw, b.codes, b.n, b.start, keys, limits, kept_factors, factors, True, normalize, scale, out, code
+    return lambda b, out, code, drift: merge_random(
+        b.raw, b.codes, b.n, b.start, keys, limits, kept_factors, factors, True, normalize, scale, out, code, drift
     )
 
 

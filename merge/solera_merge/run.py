@@ -12,11 +12,14 @@ from solera_core.reload_check import ReloadCheck
 from solera_core.staging import check_target, require_disk, staged
 from solera_core.writer import CheckpointWriter
 from solera_merge.config import MergeConfig
+from solera_merge.drift import drift_report
 from solera_merge.engine import execute
 from solera_merge.models import Models
 from solera_merge.plan import MergePlan, budget_bytes, describe, make_plan, plan_key, require_memory, worker_threads
 
 __all__ = ["merge", "plan_merge"]
+
+_SHOWN = 5  # outliers named while the merge ends; solera.json has all
 
 # What config.json may say differently about equal models: number format, and who wrote it.
 _NOT_FORM = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
@@ -68,6 +71,10 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
         )
         digests = writer.finish()
         checks = check_output(staging, reload=False, trust_remote_code=ctx.trust_remote_code)
+        drift = drift_report({n: d for n in digests if (d := writer.annotation(n)) is not None})
+        for name, what in list(drift["outliers"].items())[:_SHOWN]:
+            ctx.progress.note(f"{name}: {what}")
+        checks["drift"] = drift
         checks["transformers"] = reload.result() if isinstance(reload, ReloadCheck) else reload
         write_provenance(
             staging,

@@ -44,10 +44,10 @@ class RawInMemory:
 
 def fused(method: str, tensor: RawInMemory, dtype: str, **parameters: Any) -> Bytes:
     formula = FUSED[method](tensor, **parameters)
-    out = np.empty(tensor.step * ITEM_BYTES[dtype], np.uint8)
+    out, drift = np.empty(tensor.step * ITEM_BYTES[dtype], np.uint8), np.zeros(2)
     parts: list[Bytes] = []
     for block in tensor.blocks():
-        assert formula(block, out, CODES[dtype]) == 0
+        assert formula(block, out, CODES[dtype], drift) == 0
         parts.append(out[: block.n * ITEM_BYTES[dtype]].copy())
     return np.concatenate(parts)
 
@@ -150,7 +150,7 @@ def test_what_is_not_finite_is_met(method: str, value: float, dtype: str) -> Non
         formula = FUSED[method](tensor, **PARAMETERS[method][0])
     except NotFiniteError:
         return
-    assert any(formula(block, out, CODES["F32"]) & 1 for block in tensor.blocks())
+    assert any(formula(block, out, CODES["F32"], np.zeros(2)) & 1 for block in tensor.blocks())
 
 
 @pytest.mark.parametrize("dtype", sorted(CODES))

@@ -7,6 +7,7 @@ What the kernels of a formula share:
     n                             elements in the block
     out        [bytes] uint8      receives the result
     out_code                      its number format
+    drift      [2] float64        |result - W|^2 and |W|^2 are added, W the base or the first model
     result                        bit 0: an input is not finite; bit 1: the output is not
 
 A piece of 2048 elements is widened into the first-level cache, computed with in float32, and narrowed again.

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from solera_merge.kernels.compiled import kernel
+from solera_merge.kernels.drift import add_drift
 from solera_merge.kernels.formats import PIECE, narrow, widen
 from solera_merge.kernels.philox import philox_words
 
@@ -29,11 +30,12 @@ def merge_largest(
     scale: np.float32,
     out: Bytes,
     out_code: int,
+    drift: npt.NDArray[np.float64],
 ) -> int:
     """TIES behind its selection: model i keeps |delta| > bits[i], and of those equal to it the ones up to last[i]."""
     bad = 0
     models = weight.size
-    base = np.empty(PIECE, np.float32)
+    base, merged = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     terms = np.empty((models, PIECE), np.float32)
     words = terms.view(np.uint32)
     for begin in range(0, n, PIECE):
@@ -48,8 +50,9 @@ def merge_largest(
             later, later_word = term[equal:m], word[equal:m]
             for j in range(m - equal):
                 later[j] *= np.float32((later_word[j] & _MAGNITUDE) > limit)
-        merge_kept(terms, m, weight, True, normalize, scale, base)
-        if narrow(base, m, out, out_code, begin):
+        merge_kept(terms, m, weight, True, normalize, scale, base, merged)
+        add_drift(merged, base, m, drift)
+        if narrow(merged, m, out, out_code, begin):
             bad |= 2
     return bad
 
@@ -69,6 +72,7 @@ def merge_random(
     scale: np.float32,
     out: Bytes,
     out_code: int,
+    drift: npt.NDArray[np.float64],
 ) -> int:
     """DARE: model i keeps an element where its random word is below limits[i], times factors[i].
 
@@ -76,7 +80,7 @@ def merge_random(
     """
     bad = 0
     models = weight.size
-    base = np.empty(PIECE, np.float32)
+    base, merged = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     terms = np.empty((models, PIECE), np.float32)
     words = np.empty(PIECE, np.uint32)
     for begin in range(0, n, PIECE):
@@ -92,8 +96,9 @@ def merge_random(
                     term[j] *= np.float32(words[j] < below)
             for j in range(m):
                 term[j] *= factor
-        merge_kept(terms, m, weight, elect, normalize, scale, base)
-        if narrow(base, m, out, out_code, begin):
+        merge_kept(terms, m, weight, elect, normalize, scale, base, merged)
+        add_drift(merged, base, m, drift)
+        if narrow(merged, m, out, out_code, begin):
             bad |= 2
     return bad
 
@@ -113,14 +118,21 @@ def _load(raw: Bytes, codes: Codes, begin: int, m: int, base: Float32, terms: Fl
 
 @kernel
 def merge_kept(
-    terms: Float32, m: int, weight: Float32, elect: bool, normalize: bool, scale: np.float32, base: Float32
+    terms: Float32,
+    m: int,
+    weight: Float32,
+    elect: bool,
+    normalize: bool,
+    scale: np.float32,
+    base: Float32,
+    merged: Float32,
 ) -> None:
-    """base[:m] += scale * (weighted deltas of the elected sign, or all, summed and perhaps divided by their weights).
+    """Into `merged`: base + scale * (weighted deltas of the elected sign, or all, summed, perhaps divided by weights).
 
     As `solera_merge.signs`, operation by operation. `terms` [N, PIECE] is overwritten.
     """
     models = weight.size
-    total = np.empty(PIECE, np.float32)
+    total = merged
     divisor = np.empty(PIECE, np.float32)
     plus = np.empty(PIECE, np.bool_)
     for i in range(models):
@@ -151,7 +163,7 @@ def merge_kept(
         for j in range(m):
             total[j] *= scale
     for j in range(m):
-        base[j] += total[j]
+        total[j] = base[j] + total[j]
 
 
 @kernel

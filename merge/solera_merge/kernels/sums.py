@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from solera_merge.kernels.compiled import kernel
+from solera_merge.kernels.drift import add_drift
 from solera_merge.kernels.formats import PIECE, narrow, widen
 
 __all__ = ["weighted_deltas", "weighted_sum"]
@@ -18,26 +19,34 @@ def weighted_sum(
     divisor: np.float32,
     out: npt.NDArray[np.uint8],
     out_code: int,
+    drift: npt.NDArray[np.float64],
+    reference: int,
 ) -> int:
-    """sum_i c_i W_i / divisor, in that order; see `solera_merge.kernels` for the arguments and the result."""
+    """sum_i c_i W_i / divisor, in that order; see `solera_merge.kernels` for the arguments and the result.
+
+    `reference` is the row that the drift is measured from.
+    """
     bad = 0
     total = np.empty(PIECE, np.float32)
+    kept = np.empty(PIECE, np.float32)
     term = np.empty(PIECE, np.float32)
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
         for i in range(coefficients.size):
             c = coefficients[i]
-            if widen(raw[i], codes[i], begin, m, term):
+            piece = kept if i == reference else term
+            if widen(raw[i], codes[i], begin, m, piece):
                 bad |= 1
             if i == 0:
                 for j in range(m):
-                    total[j] = term[j] * c
+                    total[j] = piece[j] * c
             else:
                 for j in range(m):
-                    total[j] += term[j] * c
+                    total[j] += piece[j] * c
         if divisor != 1:
             for j in range(m):
                 total[j] /= divisor
+        add_drift(total, kept, m, drift)
         if narrow(total, m, out, out_code, begin):
             bad |= 2
     return bad
@@ -53,6 +62,7 @@ def weighted_deltas(
     scale: np.float32,
     out: npt.NDArray[np.uint8],
     out_code: int,
+    drift: npt.NDArray[np.float64],
 ) -> int:
     """W_0 + scale * (sum_i c_i (W_i - W_0) / divisor); the base is the last row of `raw`."""
     bad = 0
@@ -82,6 +92,7 @@ def weighted_deltas(
                 total[j] *= scale
         for j in range(m):
             total[j] += base[j]
+        add_drift(total, base, m, drift)
         if narrow(total, m, out, out_code, begin):
             bad |= 2
     return bad

@@ -1,0 +1,57 @@
+"""How far every tensor of a merge has moved, and which ones stand out."""
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from solera_core.architecture import layer_of
+
+__all__ = ["drift_report", "outliers", "relative"]
+
+_FACTOR = 4.0  # a tensor that moved that much more than its like in the other layers stands out
+_LIKE = 4  # layers needed to say what is usual
+
+
+def relative(sums: npt.NDArray[np.float64]) -> float:
+    """|result - reference| / |reference| from the sums of squares, to 6 digits; the length itself where that is 0."""
+    changed, there = math.sqrt(sums[0]), math.sqrt(sums[1])
+    return float(f"{changed / there if there > 0 else changed:.6g}")
+
+
+def drift_report(drifts: Mapping[str, float]) -> dict[str, Any]:
+    """For solera.json: the median, every tensor, and those that stand out."""
+    return {
+        "median": statistics.median(drifts.values()) if drifts else 0.0,
+        "outliers": outliers(drifts),
+        "tensors": dict(drifts),
+    }
+
+
+def outliers(drifts: Mapping[str, float]) -> dict[str, str]:
+    """Tensors that moved by more than their own length, or much more than the same tensor of the other layers.
+
+    Example:
+        >>> outliers({f"model.layers.{i}.mlp.up_proj.weight": 0.01 if i < 5 else 0.2 for i in range(6)})
+        {'model.layers.5.mlp.up_proj.weight': 'moved by 0.2, 20 times as far as in other layers'}
+    """
+    kinds: dict[str, list[float]] = {}
+    for name, value in drifts.items():
+        kinds.setdefault(_kind(name), []).append(value)
+    found: dict[str, str] = {}
+    for name, value in drifts.items():
+        like = kinds[_kind(name)]
+        usual = statistics.median(like)
+        if value > 1:
+            found[name] = f"moved by {value:.3g} times its own length"
+        elif len(like) >= _LIKE and usual > 0 and value > _FACTOR * usual:
+            found[name] = f"moved by {value:.3g}, {value / usual:.3g} times as far as in other layers"
+    return found
+
+
+def _kind(name: str) -> str:
+    place = layer_of(name)
+    return name if place is None else name.removeprefix(f"{place[0]}.{place[1]}.")
