@@ -36,10 +36,9 @@ def gram(tensor: Tensor) -> list[list[float]]:
 def _products(blocks: Iterable[Sequence[Float32]], count: int) -> list[list[float]]:
     parts: list[list[list[float]]] = [[[] for _ in range(i + 1)] for i in range(count)]
     for block in blocks:
-        wide = [x.astype(np.float64) for x in block]
         for i, row in enumerate(parts):
             for j, part in enumerate(row):
-                part += _chunk_sums(wide[i] * wide[j])
+                part += _chunk_sums(np.multiply(block[i], block[j], dtype=np.float64))
     return [[math.fsum(parts[max(i, j)][min(i, j)]) for j in range(count)] for i in range(count)]
 
 

@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from solera_merge.block import Block, Float32, Formula, Tensor
 from solera_merge.selection import order_statistics
 
 __all__ = ["arcee_fusion"]
+
+Float64 = npt.NDArray[np.float64]
 
 
 def arcee_fusion(tensor: Tensor, /) -> Formula:
@@ -59,10 +62,12 @@ def _divergence(block: Block, width: int) -> Float32:
     assert block.base is not None
     log_p = _log_softmax(block.models[0], width)
     log_q = _log_softmax(block.base, width)
-    return np.maximum(np.sum(np.exp(log_p) * (log_p - log_q), axis=1), 0.0).astype(np.float32)
+    divergence: Float64 = np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
+    return np.maximum(divergence, 0.0).astype(np.float32)
 
 
-def _log_softmax(x: Float32, width: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    rows = x.astype(np.float64).reshape(-1, width)
-    shifted = rows - np.max(rows, axis=1, keepdims=True)
-    return shifted - np.log(np.sum(np.exp(shifted), axis=1, keepdims=True))
+def _log_softmax(x: Float32, width: int) -> Float64:
+    rows: Float64 = x.astype(np.float64).reshape(-1, width)
+    rows -= np.max(rows, axis=1, keepdims=True)
+    rows -= np.log(np.sum(np.exp(rows), axis=1, keepdims=True))
+    return rows
