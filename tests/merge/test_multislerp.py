@@ -43,14 +43,15 @@ def test_mergekits_walk_along_the_tangent_has_length_zero(apply: Apply) -> None:
 
 def test_directions_that_cancel_are_summed(apply: Apply) -> None:
     assert apply("multislerp", [[2, 0], [-4, 0]], weight=(1, 1)).tolist() == [-1, 0]
-    third = 2 * math.pi / 3  # mergekit stops here
-    models = [[math.cos(k * third), math.sin(k * third)] for k in range(3)]
-    np.testing.assert_allclose(apply("multislerp", models, weight=(1, 1, 1)), [0, 0], atol=1e-6)
+    # 3 (1, 0) + 4 (0, 1) - 5 (3/5, 4/5) = 0; mergekit stops here.
+    merged = apply("multislerp", [[2, 0], [0, 3], [-2.4, -3.2]], weight=(3, 4, 5))
+    np.testing.assert_allclose(merged, [-0.5, -1 / 3], rtol=1e-6)
 
 
 def test_a_zero_vector_counts_in_the_norm_only(apply: Apply) -> None:
     assert apply("multislerp", [[0, 0], [0, 4]], weight=(1, 1)).tolist() == [0, 2]
-    assert apply("multislerp", [[0, 0], [0, 0]], weight=(1, 1)).tolist() == [0, 0]
+    # A tensor that no fine-tune changed; mergekit stops here.
+    assert apply("multislerp", [[5, 6]] * 3, [5, 6], weight=(1, 1, 1)).tolist() == [5, 6]
 
 
 def test_short_vectors_have_their_full_say(apply: Apply) -> None:
@@ -72,3 +73,8 @@ def test_weights_that_cancel_need_normalize_weights_off(bare_model: Any, recipe:
     with pytest.raises(ConfigError, match=r"normalize_weights divides by their sum; .* `normalize_weights: false`"):
         make_plan(recipe(merge_method="multislerp", models=models), Context())
     make_plan(recipe(merge_method="multislerp", models=models, parameters={"normalize_weights": False}), Context())
+
+
+def test_one_model_without_normalizing_is_scaled(apply: Apply) -> None:
+    """mergekit ignores the weight then."""
+    assert apply("multislerp", [[2, 4]], weight=(0.5,), normalize_weights=False).tolist() == [1, 2]
