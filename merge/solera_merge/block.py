@@ -7,7 +7,7 @@ formula needs whole rows, or the whole tensor, says so in the catalogue (`unit`)
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -50,6 +50,11 @@ class Block:
         """The task vectors tau_i = W_i - W_0, [n] each, newly allocated."""
         assert self.base is not None, "a method with base='required' is planned with one"
         return [model - self.base for model in self.models]
+
+    @property
+    def vectors(self) -> Sequence[Float32]:
+        """What a method with an optional base combines: the deltas where there is a base, else the models, [n] each."""
+        return self.models if self.base is None else self.deltas
 
 
 def block_starts(shape: tuple[int, ...], unit: Unit, step: int) -> list[int]:

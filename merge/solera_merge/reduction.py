@@ -1,36 +1,48 @@
 """Sums over a whole tensor whose last bit does not depend on blocks or threads."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from solera_merge.block import CHUNK_ELEMENTS, Tensor
+from solera_merge.block import CHUNK_ELEMENTS, Float32, Tensor
 
-__all__ = ["LANES", "norms_and_dot", "root_sums"]
+__all__ = ["LANES", "gram", "norms_and_dot", "root_sums"]
 
 LANES = 32
 """Partial sums of a chunk."""
 
 
 def norms_and_dot(tensor: Tensor) -> tuple[float, float, float]:
-    """(|base|, |model|, <base, model>) of the base and the one model, in one pass, fp64.
+    """(|base|, |model|, <base, model>) of the base and the one model, in one pass, fp64; see `gram`."""
+
+    def pairs() -> Iterable[Sequence[Float32]]:
+        for block in tensor.blocks():
+            assert block.base is not None
+            yield block.base, block.models[0]
+
+    products = _products(pairs(), 2)
+    return math.sqrt(products[0][0]), math.sqrt(products[1][1]), products[0][1]
+
+
+def gram(tensor: Tensor) -> list[list[float]]:
+    """<x_i, x_j> of the N models, or of their deltas where the method has a base, in one pass, fp64 [N][N].
 
     Products of float32 are exact in float64. They are summed in chunks of fixed length at fixed places, and the sums
     of the chunks are added exactly (math.fsum), so the result has one value whatever the block size. BLAS is avoided:
     it splits a dot product by the number of threads.
     """
-    squares_base: list[float] = []
-    squares_model: list[float] = []
-    products: list[float] = []
-    for block in tensor.blocks():
-        assert block.base is not None
-        a, b = block.base.astype(np.float64), block.models[0].astype(np.float64)
-        squares_base += _chunk_sums(a * a)
-        squares_model += _chunk_sums(b * b)
-        products += _chunk_sums(a * b)
-    return root_sums(squares_base, squares_model, products)
+    return _products((block.vectors for block in tensor.blocks()), len(tensor.keys))
+
+
+def _products(blocks: Iterable[Sequence[Float32]], count: int) -> list[list[float]]:
+    parts: list[list[list[float]]] = [[[] for _ in range(i + 1)] for i in range(count)]
+    for block in blocks:
+        for i, row in enumerate(parts):
+            for j, part in enumerate(row):
+                part += _chunk_sums(np.multiply(block[i], block[j], dtype=np.float64))
+    return [[math.fsum(parts[max(i, j)][min(i, j)]) for j in range(count)] for i in range(count)]
 
 
 def root_sums(

@@ -88,6 +88,7 @@ def _check_weights(
     """Refuse weights that make the result meaningless: all zero, or cancelling where they are divided by their sum."""
     if "weight" not in method.parameters:
         return
+    switch = "normalize_weights" if "normalize_weights" in method.parameters else "normalize"
     zero: list[str] = []
     cancelling: list[str] = []
     for target, values in zip(targets, resolved, strict=True):
@@ -95,12 +96,13 @@ def _check_weights(
         size = sum(map(abs, weights))
         if size == 0:
             zero.append(target.name)
-        elif values.get("normalize", method.normalizes) and abs(sum(weights)) <= 1e-8 * size:
+        elif values.get(switch, method.normalizes) and abs(sum(weights)) <= 1e-8 * size:
             cancelling.append(target.name)
     if cancelling:
+        who, remedy = (switch, f" or set `{switch}: false`") if switch in method.parameters else (method.name, "")
         problems.config(
-            f"parameters.weight: the weights of {some(cancelling)} sum to 0, and normalize divides by their sum; "
-            "change a weight or set `normalize: false`"
+            f"parameters.weight: the weights of {some(cancelling)} sum to 0, and {who} divides by their sum; "
+            f"change a weight{remedy}"
         )
     if zero and (method.base != "required" or len(zero) == len(targets)):
         result = "the base itself" if method.base == "required" else "zero"

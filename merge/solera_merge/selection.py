@@ -6,7 +6,7 @@ several elements have just that magnitude and not all of them are wanted (common
 values), the first ones by flat index are kept; a third pass finds the last of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,17 @@ import numpy.typing as npt
 
 from solera_merge.block import Float32, Tensor
 
-__all__ = ["KEEP_ALL", "KEEP_NONE", "LOWER", "UPPER", "Cut", "descend", "kept", "largest_deltas"]
+__all__ = [
+    "KEEP_ALL",
+    "KEEP_NONE",
+    "LOWER",
+    "UPPER",
+    "Cut",
+    "descend",
+    "kept",
+    "largest_deltas",
+    "order_statistics",
+]
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)  # all but the sign
 UPPER, LOWER = 1 << 15, 1 << 16
@@ -35,7 +45,7 @@ class Cut:
 
     def keeps(self, x: Float32, start: int) -> npt.NDArray[np.bool_]:
         """[n] bool for the block `x` that begins at flat index `start`."""
-        magnitude = x.view(np.uint32) & _MAGNITUDE
+        magnitude = _magnitude(x)
         keep = magnitude > np.uint32(self.bits)
         count = min(max(self.last + 1 - start, 0), x.size)  # elements of this block at or before `last`
         keep[:count] |= magnitude[:count] == np.uint32(self.bits)
@@ -93,13 +103,46 @@ def kept(density: float, size: int) -> int:
     return max(1, int(density * size))
 
 
+def order_statistics(passes: Callable[[], Iterator[Float32]], ranks: Sequence[int]) -> list[float]:
+    """The magnitudes of the given ranks, ascending from 0; exact, in two passes whatever the number of ranks.
+
+    Args:
+        passes: called twice; each time the same blocks, [n] each.
+        ranks: below the number of elements. (Without any element every magnitude is 0.)
+
+    Example:
+        >>> order_statistics(lambda: iter([np.float32([3, -1]), np.float32([2])]), [0, 2])
+        [1.0, 3.0]
+    """
+    upper = np.zeros(UPPER, np.int64)
+    for magnitude in map(_magnitude, passes()):
+        upper += np.bincount(magnitude >> 16, minlength=UPPER)
+    size = int(upper.sum())
+    if size == 0:
+        return [0.0] * len(ranks)
+    places = [descend(upper, size - rank) for rank in ranks]  # the r-th smallest is the (size - r)-th largest
+    lower = {upper_bin: np.zeros(LOWER, np.int64) for upper_bin, _ in places}
+    for magnitude in map(_magnitude, passes()):
+        for upper_bin, histogram in lower.items():
+            histogram += np.bincount(magnitude[magnitude >> 16 == upper_bin] & 0xFFFF, minlength=LOWER)
+    found: list[float] = []
+    for rank, (upper_bin, above) in zip(ranks, places, strict=True):
+        low, _ = descend(lower[upper_bin], size - rank - above)
+        found.append(float(np.asarray(upper_bin << 16 | low, np.uint32).view(np.float32)))
+    return found
+
+
+def _magnitude(x: Float32) -> npt.NDArray[np.uint32]:
+    return x.view(np.uint32) & _MAGNITUDE
+
+
 def _pass(tensor: Tensor, searches: Sequence[_Search]) -> Iterator[tuple[_Search, int, npt.NDArray[np.uint32]]]:
     """(search, start of the block, magnitude bits of its model's deltas [n]) over all blocks and searches."""
     for block in tensor.blocks():
         assert block.base is not None
         for search in searches:
             delta = block.models[search.model] - block.base
-            yield search, block.start, delta.view(np.uint32) & _MAGNITUDE
+            yield search, block.start, _magnitude(delta)
 
 
 def descend(histogram: npt.NDArray[np.int64], k: int) -> tuple[int, int]:

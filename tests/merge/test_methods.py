@@ -45,6 +45,19 @@ CASES: dict[str, Case] = {
     "ties": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6)}),
     "dare_ties": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6)}),
     "passthrough": Case({"scale": (1.0,)}),
+    "nuslerp": Case({"weight": (0.3, 0.7)}, identity_rtol=2 * ULP),
+    "nuslerp, base": Case({"weight": (0.3, 0.7)}, base=True),
+    "nuslerp, last axis": Case({"weight": (0.3, 0.7), "nuslerp_flatten": False}, identity_rtol=2 * ULP),
+    "nuslerp, first axis": Case(
+        {"weight": (0.3, 0.7), "nuslerp_flatten": False, "nuslerp_row_wise": True}, identity_rtol=2 * ULP
+    ),
+    "multislerp": Case({"weight": (0.3, 0.7)}, identity_rtol=2 * ULP),
+    "multislerp, base": Case({"weight": (0.3, 0.7)}, base=True),
+    "karcher": Case({"weight": (0.3, 0.7)}, identity_rtol=2 * ULP),
+    "model_stock": Case(),
+    "model_stock, filter-wise": Case({"filter_wise": True}),
+    "nearswap": Case({"t": 0.1}),
+    "arcee_fusion": Case(),
 }
 """By a name that begins with the method's; `nuslerp, rows` is a second case of `nuslerp`."""
 

@@ -6,8 +6,8 @@ Two measures, because float32 sums of several terms are exact to the last bits o
 * relative to the largest input at that element: all within 1e-6, that is about 8 units in the last place.
 
 Where solera computes each step as mergekit does (task_arithmetic, ties, passthrough) the bytes are equal. linear
-differs in last bits because torch contracts multiply and add into one rounding, slerp because mergekit takes norms in
-float32.
+differs in last bits because torch contracts multiply and add into one rounding; slerp, nuslerp, multislerp, karcher
+and model_stock because mergekit takes norms and angles in float32.
 """
 
 import shutil
@@ -131,9 +131,81 @@ RECIPES: dict[str, dict[str, Any]] = {
             {"sources": [layers("c", 0, 2)]},
         ],
     },
+    "nuslerp": {
+        "merge_method": "nuslerp",
+        "models": [source("a", weight=0.3), source("b", weight=[0.2, 0.9])],
+    },
+    "nuslerp, wide angle": {
+        "merge_method": "nuslerp",
+        "models": [source("a", weight=0.3), source("far", weight=0.5)],
+    },
+    "nuslerp, task vectors": {
+        "merge_method": "nuslerp",
+        "base_model": "base",
+        "models": [source("a", weight=0.3), source("b", weight=0.5)],
+    },
+    "nuslerp, along the last axis": {
+        "merge_method": "nuslerp",
+        "models": [source("a", weight=0.3), source("b", weight=0.5)],
+        "parameters": {"nuslerp_flatten": False},
+    },
+    "nuslerp, along the first axis": {
+        "merge_method": "nuslerp",
+        "base_model": "base",
+        "models": [source("wide", weight=0.3), source("wider", weight=0.5)],
+        "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    },
+    "multislerp": {
+        "merge_method": "multislerp",
+        "models": [source("a", weight=0.3), source("b", weight=[0.2, 0.9]), source("c", weight=0.4)],
+    },
+    "multislerp, wide angles": {
+        "merge_method": "multislerp",
+        "models": [source("a", weight=0.3), source("far", weight=-0.5), source("wide", weight=0.9)],
+        "parameters": {"normalize_weights": False},
+    },
+    "multislerp, task vectors": {
+        "merge_method": "multislerp",
+        "base_model": "base",
+        "models": [source("a", weight=0.3), source("b", weight=[0.2, 0.9]), source("c", weight=0.4)],
+        "parameters": {"eps": 1e-12},  # mergekit adds it to every norm, and the usual 1e-8 shows in small tensors
+    },
+    "karcher": {"merge_method": "karcher", "models": [source("a"), source("b"), source("c")]},
+    "karcher, wide angles": {
+        "merge_method": "karcher",
+        "models": [source("a"), source("far"), source("wide")],
+        "parameters": {"max_iter": 4, "tol": 0},
+    },
+    "model_stock": {
+        "merge_method": "model_stock",
+        "base_model": "base",
+        "models": [source("wide"), source("wider"), source("widest")],
+    },
+    "model_stock, filter-wise": {
+        "merge_method": "model_stock",
+        "base_model": "base",
+        "models": [source("wide"), source("wider"), source("widest")],
+        "parameters": {"filter_wise": True},
+    },
+    "nearswap": {
+        "merge_method": "nearswap",
+        "base_model": "a",
+        "models": [source("b")],
+        "parameters": {"t": [0.00002, 0.0002]},
+    },
 }
 # These combine tensors that have nothing in common, whose elements nearly cancel all the time.
-UNRELATED = {"slerp, wide angle", "linear, slices"}
+UNRELATED = {name for name in RECIPES if "wide angle" in name or name.startswith("model_stock")} | {
+    "linear, slices",
+    "nuslerp, along the first axis",
+}
+# Share within 1e-6 of the value where elements that nearly cancel are more than 1 in 10,000; see docs/parity.md.
+SHARE = {"nuslerp": 0.9998, "nuslerp, along the last axis": 0.9998, "nuslerp, task vectors": 0.9998}
+SHARE |= {"multislerp": 0.9998, "multislerp, task vectors": 0.9997, "karcher": 0.998}
+# Relative to the largest input. For karcher see `test_karcher_differs_only_where_float32_has_no_angle`.
+TOLERANCE = {"karcher": 1e-4}
+# mergekit's multislerp stops where more than two models equal the base in a tensor, as bfloat16 norms here do.
+STOPS_IN_BFLOAT16 = {"multislerp, task vectors"}
 EXACT = {name for name in RECIPES if name.startswith(("task_arithmetic", "ties", "passthrough"))}
 
 
@@ -167,6 +239,9 @@ def families(
             paths = {"base": base, "far": make_model(root / "far", family=family, dtype=dtype, seed=9, **settings)}
             for i, name in enumerate("abc"):
                 paths[name] = fine_tune(base, root / name, seed=i)
+            paths["wide"] = fine_tune(base, root / "wide", seed=3, noise=1.0)
+            for i, name in enumerate(("wider", "widest"), 4):  # task vectors at about 45 degrees to that of `wide`
+                paths[name] = fine_tune(paths["wide"], root / name, seed=i, noise=0.7)
             found[family, dtype] = {name: str(path) for name, path in paths.items()}
     return found
 
@@ -201,7 +276,8 @@ def merged(run_mergekit: Callable[..., None], families: Any, recipe: Recipe, tmp
         for key in ("num_hidden_layers", "vocab_size", "tie_word_embeddings"):
             assert theirs.config.get(key) == ours.config.get(key)
         values = [np.concatenate([c.read_flat(n) for n in ours.tensors]) for c in (theirs, ours)]
-        inputs = [open_checkpoint(path, Context()) for path in paths.values()]
+        refs = [content.get("base_model"), *(entry["model"] for entry in content.get("models", ()))]
+        inputs = [open_checkpoint(ref, Context()) for ref in dict.fromkeys(refs) if ref is not None]
         if "slices" in content:  # renumbered layers have no input of the same name: the tensor's own range stands in
             tops = [np.full(t.size, np.abs(ours.read_flat(n)).max()) for n, t in ours.tensors.items()]
         else:
@@ -240,11 +316,11 @@ def test_float32(merged: Merged, name: str, family: str) -> None:
     if name in EXACT:
         assert np.array_equal(theirs, ours)
     elif name not in UNRELATED:
-        assert close >= 0.9999
-    assert (difference <= 1e-6 * largest).all()
+        assert close >= SHARE.get(name, 0.9999)
+    assert (difference <= TOLERANCE.get(name, 1e-6) * largest).all()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in STOPS_IN_BFLOAT16])
 def test_computed_in_float32_written_in_bfloat16(merged: Merged, name: str) -> None:
     """The setting that mergekit's own documentation recommends: a last bit of float32 rarely moves a bfloat16.
 
@@ -302,6 +378,55 @@ def test_ties_of_bfloat16_differ_only_at_the_threshold(
         threshold = np.sort(magnitude)[-max(1, int(density * info.size))]
         different = theirs.read_flat(name) != ours.read_flat(name)
         assert (magnitude[different] == threshold).all(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_karcher_differs_only_where_float32_has_no_angle(
+    run_mergekit: Callable[..., None], families: Any, recipe: Recipe, tmp_path: Path, family: str
+) -> None:
+    """The smallest angle that arccos of a float32 can give is 3.5e-4; mergekit leaves out what it takes for 0."""
+    paths = families[family, "float32"]
+    content = {**resolved(RECIPES["karcher"], paths), "dtype": "float32"}
+    run_mergekit(content, tmp_path / "theirs")
+    merge(recipe(**content), tmp_path / "ours", Context())
+    theirs, ours, *models = (
+        open_checkpoint(p, Context()) for p in (tmp_path / "theirs", tmp_path / "ours", *(paths[m] for m in "abc"))
+    )
+    for name in ours.tensors:
+        inputs = [m.read_flat(name).astype(np.float64) for m in models]
+        mean = np.mean([x / np.linalg.norm(x) for x in inputs], axis=0)
+        mean /= np.linalg.norm(mean)
+        angles = [np.linalg.norm(x / np.linalg.norm(x) - mean) for x in inputs]  # small, so the chord will do
+        difference = np.abs(theirs.read_flat(name) - ours.read_flat(name))
+        if min(angles) > 5e-4:
+            assert (difference <= 1e-6 * np.max(np.abs(inputs), axis=0)).all(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_arcee_fusion_differs_only_at_the_threshold(
+    run_mergekit: Callable[..., None], families: Any, recipe: Recipe, tmp_path: Path, family: str
+) -> None:
+    """With a change as large as the weights: below that, mergekit's float32 divergences are rounding errors."""
+    paths = families[family, "float32"]
+    content = {"merge_method": "arcee_fusion", "base_model": paths["base"], "models": [source(paths["wide"])]}
+    run_mergekit({**content, "dtype": "float32"}, tmp_path / "theirs")
+    merge(recipe(**content), tmp_path / "ours", Context())
+    theirs, ours, base, wide = (
+        open_checkpoint(p, Context()) for p in (tmp_path / "theirs", tmp_path / "ours", paths["base"], paths["wide"])
+    )
+    different = size = 0
+    for name, info in ours.tensors.items():
+        old, new = (c.read(name).astype(np.float64) for c in (base, wide))
+        p, q = (np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True) for x in (new, old))
+        scores = (np.abs(new - old) * np.sum(p * np.log(p / q), axis=-1, keepdims=True)).reshape(-1)
+        low, median, high = (np.sort(scores)[q * (info.size - 1) // 4] for q in (1, 2, 3))
+        threshold = median + 1.5 * (high - low)
+        other = np.abs(theirs.read_flat(name) - ours.read_flat(name)) > 1e-6 * np.abs(wide.read_flat(name))
+        assert (np.abs(scores - threshold)[other] <= 0.01 * threshold).all(), name
+        different += int(other.sum())
+        size += info.size
+    print(f"PARITY arcee_fusion {family}: the same choice for {1 - different / size:.6f}")
+    assert different <= 1e-3 * size
 
 
 def test_dare_ties_statistically(

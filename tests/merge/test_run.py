@@ -38,6 +38,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ties": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
     "dare_ties": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
     "passthrough": {"models": ["a"]},
+    "nuslerp": {"models": ["a", "b"], "parameters": {"weight": [0.2, 0.9]}},
+    "multislerp": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": [0.2, 0.9]}},
+    "karcher": {"models": ["a", "b"]},
+    "model_stock": {"models": ["a", "b"], "base_model": "base"},
+    "nearswap": {"models": ["b"], "base_model": "a", "parameters": {"t": 0.01}},
+    "arcee_fusion": {"models": ["b"], "base_model": "a"},
 }
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solera_merge.block import CHUNK_ELEMENTS
-from solera_merge.selection import KEEP_ALL, KEEP_NONE, largest_deltas
+from solera_merge.selection import KEEP_ALL, KEEP_NONE, largest_deltas, order_statistics
 
 
 def kept_by_sort(x: Any, density: float) -> Any:
@@ -62,3 +62,23 @@ def test_several_models_share_the_passes(in_memory: Any) -> None:
     cuts = largest_deltas(tensor, [0.1, 1.0, 0.5])
     assert tensor.passes == 2  # no two magnitudes are equal, so the third pass is not needed
     assert [int(c.keeps(m, 0).sum()) for c, m in zip(cuts, models, strict=True)] == [900, 9000, 4500]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 3000),
+    ranks=st.lists(st.floats(0, 1), min_size=1, max_size=4),
+    levels=st.sampled_from([1, 3, 0]),
+    scale=st.sampled_from([1e-45, 1e-20, 1.0, 1e37]),
+    seed=st.integers(0, 1000),
+)
+def test_order_statistics_equal_a_sort(size: int, ranks: list[float], levels: int, scale: float, seed: int) -> None:
+    x = np.random.default_rng(seed).standard_normal(size)
+    x = (scale * (np.round(x * levels) if levels else x)).astype(np.float32)
+    places = [min(int(r * size), size - 1) for r in ranks]
+    found = order_statistics(lambda: iter(np.array_split(x, 3)), places)
+    assert found == np.sort(np.abs(x))[places].tolist()
+
+
+def test_order_statistics_of_nothing() -> None:
+    assert order_statistics(lambda: iter([]), [0, 0]) == [0.0, 0.0]

@@ -7,8 +7,14 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from solera_merge.block import Formula, Tensor, Unit
+from solera_merge.methods.arcee_fusion import arcee_fusion
 from solera_merge.methods.dare_ties import dare_ties
+from solera_merge.methods.karcher import karcher
 from solera_merge.methods.linear import linear
+from solera_merge.methods.model_stock import model_stock
+from solera_merge.methods.multislerp import multislerp
+from solera_merge.methods.nearswap import nearswap
+from solera_merge.methods.nuslerp import nuslerp
 from solera_merge.methods.passthrough import passthrough
 from solera_merge.methods.signature import Parameter, parameters_of
 from solera_merge.methods.slerp import slerp
@@ -59,6 +65,12 @@ _ALL = (
     Method("ties", ties, "required", None, "arXiv 2306.01708"),
     Method("dare_ties", dare_ties, "required", None, "arXiv 2311.03099"),
     Method("passthrough", passthrough, "unused", 1, "a copy"),
+    Method("nuslerp", nuslerp, "optional", 2, "Shoemake 1985", fewest_models=2, unit="rows", normalizes=True),
+    Method("multislerp", multislerp, "optional", None, "goddard.blog/posts/multislerp-wow-what-a-cool-idea"),
+    Method("karcher", karcher, "unused", None, "arXiv 2603.04972", normalizes=True),
+    Method("model_stock", model_stock, "required", None, "arXiv 2403.19522", fewest_models=2, unit="rows"),
+    Method("nearswap", nearswap, "required", 1, "huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001"),
+    Method("arcee_fusion", arcee_fusion, "required", 1, "arcee.ai", unit="rows"),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
