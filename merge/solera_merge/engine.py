@@ -1,33 +1,28 @@
 """Executing a plan: threads over tensors, blocks within a tensor, one ordered stream a tensor into the writer.
 
 At no time is more in memory than a few blocks a thread. What a thread computes depends on its tensor alone, so neither
-the number of threads nor the size of the blocks can change a bit of the result. `merge_tensor` is the unit that a
-journal will record: when it returns, its tensor is complete in the output.
+the number of threads nor the size of the blocks can change a bit of the result. `merge_tensor` is the unit that the
+writer's journal records: when it returns, its tensor is complete in the output.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import numpy as np
 
-from solera_core.checkpoint import Checkpoint, TensorInfo
+from solera_core.checkpoint import Checkpoint
 from solera_core.dtypes import ITEM_BYTES
 from solera_core.errors import CheckpointError
 from solera_core.progress import Progress
-from solera_core.ranges import RangeReader
 from solera_core.writer import CheckpointWriter
-from solera_merge.block import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Block, Float32, Unit, block_starts
+from solera_merge.block import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Float32
 from solera_merge.drift import relative
 from solera_merge.memory import Budget, default_memory_bytes
 from solera_merge.methods.catalogue import METHODS
-from solera_merge.plan import COPY, SourceTensor, TensorPlan, tensor_bytes
-
-if TYPE_CHECKING:
-    from solera_merge.fused import RawBlock
+from solera_merge.plan import COPY, TensorPlan, tensor_bytes
+from solera_merge.streams import RawStream, StreamedTensor
 
 __all__ = ["execute", "merge_tensor"]
 
@@ -136,7 +131,7 @@ def _merge_blocks(
     """Through the readable formula, from the block that begins at `first` on."""
     from solera_merge.kernels.drift import add_drift_of_block
 
-    streamed = _Streamed(tensor, checkpoints, block_elements, advance)
+    streamed = StreamedTensor(tensor, checkpoints, block_elements, advance)
     method = METHODS[tensor.method]
     keywords = {method.parameters[name].keyword: value for name, value in tensor.parameters.items()}
     item_bytes = sum(checkpoints[s.model].tensors[s.name].nbytes for s in tensor.sources) / max(streamed.size, 1)
@@ -149,8 +144,20 @@ def _merge_blocks(
             add_drift_of_block(merged, block.models[0] if block.base is None else block.base, drift)
             if block.start >= first:
                 writer.annotate(tensor.name, relative(drift))
-                writer.write_flat(tensor.name, block.start, merged)
+                _write(writer, tensor, block.start, merged)
                 advance(round(item_bytes * block.models[0].size))
+
+
+def _write(writer: CheckpointWriter, tensor: TensorPlan, start: int, merged: Float32) -> None:
+    from solera_merge.kernels.formats import CODES, narrow
+
+    if tensor.dtype in CODES:
+        values = np.ascontiguousarray(merged)
+        raw = np.empty(values.size * ITEM_BYTES[tensor.dtype], np.uint8)
+        if not narrow(values, values.size, raw, CODES[tensor.dtype], 0):
+            writer.write_raw(tensor.name, start, raw, checked=True)
+            return
+    writer.write_flat(tensor.name, start, merged)  # says what is not finite or too large
 
 
 def _survey(
@@ -165,7 +172,7 @@ def _survey(
         survey = METHODS[name].survey
         if survey is not None:
             mine = [tensor for tensor in tensors if tensor.method == name]
-            streams = [_Streamed(tensor, checkpoints, block_elements, advance) for tensor in mine]
+            streams = [StreamedTensor(tensor, checkpoints, block_elements, advance) for tensor in mine]
             found = survey(streams, [tensor.parameters for tensor in mine])
             findings.update(zip((tensor.name for tensor in mine), found, strict=True))
     return findings
@@ -197,7 +204,7 @@ def _merge_raw(
     method = METHODS[tensor.method]
     keywords = {method.parameters[name].keyword: value for name, value in tensor.parameters.items()}
     code, width = CODES[tensor.dtype], ITEM_BYTES[tensor.dtype]
-    with _Raw(tensor, checkpoints, block_elements, advance) as raw:
+    with RawStream(tensor, checkpoints, block_elements, advance) as raw:
         out = np.empty(raw.step * width, np.uint8)
         drift = np.zeros(2)
         start = 0
@@ -215,105 +222,6 @@ def _merge_raw(
             pass
     # Something is not finite: the readable formula meets it again and says what and where.
     _merge_blocks(tensor, checkpoints, writer, advance, None, block_elements, first=start)
-
-
-class _Raw:
-    """`solera_merge.fused.RawTensor` over files: every pass reads anew into the same buffers."""
-
-    def __init__(
-        self,
-        tensor: TensorPlan,
-        checkpoints: Sequence[Checkpoint],
-        step: int,
-        advance: Callable[[int], None],
-    ) -> None:
-        from solera_merge.kernels.formats import CODES
-
-        self.size = tensor.spec.size
-        self.keys = tensor.keys
-        self.step = min(step, max(self.size, 1))
-        self._sources = [(checkpoints[s.model], checkpoints[s.model].tensors[s.name]) for s in tensor.sources]
-        self._codes = np.array([CODES[info.dtype] for _, info in self._sources], np.int64)
-        self._widths = [ITEM_BYTES[info.dtype] for _, info in self._sources]
-        self._rows = np.empty((len(self._sources), self.step * max(self._widths)), np.uint8)
-        self._advance = advance
-        self._open = ExitStack()
-
-    def __enter__(self) -> Self:
-        self._readers = [self._open.enter_context(_reader(c, info)) for c, info in self._sources]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._open.close()
-
-    def blocks(self) -> "Iterator[RawBlock]":
-        from solera_merge.fused import RawBlock
-
-        for start in range(0, self.size, self.step):
-            n = min(self.step, self.size - start)
-            for (_, info), reader, row, width in zip(
-                self._sources, self._readers, self._rows, self._widths, strict=True
-            ):
-                reader.read_into(info.begin + start * width, row[: n * width])
-            self._advance(0)  # raises when another thread has failed
-            yield RawBlock(start, n, self._rows, self._codes)
-
-    def advance(self, block: "RawBlock") -> None:
-        """Say that a block is done."""
-        self._advance(block.n * sum(self._widths))
-
-
-def _reader(checkpoint: Checkpoint, info: TensorInfo) -> RangeReader:
-    reader = checkpoint.reader(info.name)
-    assert reader is not None, "only plain tensors are read raw"
-    return reader
-
-
-class _Streamed:
-    """`solera_merge.block.Tensor` over checkpoints: every pass reads anew, so nothing is held."""
-
-    def __init__(
-        self,
-        tensor: TensorPlan,
-        checkpoints: Sequence[Checkpoint],
-        block_elements: int,
-        advance: Callable[[int], None],
-    ) -> None:
-        self.size = tensor.spec.size
-        self.shape = tensor.shape
-        self.keys = tensor.keys
-        self._tensor = tensor
-        self._checkpoints = checkpoints
-        self._step = block_elements
-        self._advance = advance
-        self._checked = False
-
-    def blocks(self, unit: Unit = "elements") -> Iterator[Block]:
-        for start, stop in pairwise(block_starts(self.shape, unit, self._step)):
-            base = None if self._tensor.base is None else self._read(self._tensor.base, start, stop)
-            self._advance(0)  # raises when another thread has failed
-            yield Block(start, base, tuple(self._read(source, start, stop) for source in self._tensor.models))
-        self._checked = True
-
-    def _read(self, source: SourceTensor, start: int, stop: int) -> Float32:
-        checkpoint = self._checkpoints[source.model]
-        values = checkpoint.read_flat(source.name, start, stop)
-        if not self._checked:
-            _require_finite(values, checkpoint, source.name, start)
-        return values
-
-
-def _require_finite(values: Float32, checkpoint: Checkpoint, name: str, start: int) -> None:
-    finite = np.isfinite(values)
-    if finite.all():
-        return
-    info = checkpoint.tensors[name]
-    place = int(np.argmin(finite))
-    index = tuple(int(i) for i in np.unravel_index(start + place, info.shape))
-    raise CheckpointError(
-        f"{info.file}: tensor {name!r} {info.shape} of model {checkpoint.ref!r} holds {values[place]} at {index}; "
-        "the model is damaged or diverged in training: leave it out, or repair it"
-    )
 
 
 def _copy(

@@ -1,0 +1,139 @@
+"""Tensors as the methods see them, over the files of the models: read anew in every pass, so that nothing is held."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from solera_core.checkpoint import Checkpoint, TensorInfo
+from solera_core.dtypes import ITEM_BYTES
+from solera_core.errors import CheckpointError
+from solera_core.ranges import RangeReader
+from solera_merge.block import Block, Float32, Unit, block_starts
+from solera_merge.plan import SourceTensor, TensorPlan
+
+if TYPE_CHECKING:
+    from solera_merge.fused import RawBlock
+
+__all__ = ["RawStream", "StreamedTensor"]
+
+
+class StreamedTensor:
+    """`solera_merge.block.Tensor` over checkpoints.
+
+    Args:
+        tensor: its plan.
+        checkpoints: the models of the merge.
+        step: elements a block.
+        advance: called with 0 before every block; raises when another thread has failed.
+    """
+
+    def __init__(
+        self, tensor: TensorPlan, checkpoints: Sequence[Checkpoint], step: int, advance: Callable[[int], None]
+    ) -> None:
+        self.name = tensor.name
+        self.size = tensor.spec.size
+        self.shape = tensor.shape
+        self.keys = tensor.keys
+        self.model_ids = tuple(source.model for source in tensor.models)
+        self._tensor = tensor
+        self._checkpoints = checkpoints
+        self._step = step
+        self._advance = advance
+
+    def blocks(self, unit: Unit = "elements") -> Iterator[Block]:
+        """One pass; values that are not finite are refused by name and place."""
+        tensor = self._tensor
+        with ExitStack() as files:
+            read = {source: self._reader(source, files) for source in tensor.sources}
+            for start, stop in pairwise(block_starts(self.shape, unit, self._step)):
+                self._advance(0)
+                base = None if tensor.base is None else read[tensor.base](start, stop)
+                yield Block(start, base, tuple(read[source](start, stop) for source in tensor.models))
+
+    def _reader(self, source: SourceTensor, files: ExitStack) -> Callable[[int, int], Float32]:
+        """What reads a range of elements of a source as float32."""
+        from solera_merge.kernels.formats import CODES, widen
+
+        checkpoint = self._checkpoints[source.model]
+        info = checkpoint.tensors[source.name]
+        if not checkpoint.is_plain(source.name, CODES):
+
+            def read_any(start: int, stop: int) -> Float32:
+                values = checkpoint.read_flat(source.name, start, stop)
+                if not np.isfinite(values).all():
+                    _refuse(values, checkpoint, info, start)
+                return values
+
+            return read_any
+        file = files.enter_context(_open(checkpoint, info))
+        code, width = CODES[info.dtype], ITEM_BYTES[info.dtype]
+
+        def read_plain(start: int, stop: int) -> Float32:
+            raw = np.empty((stop - start) * width, np.uint8)
+            file.read_into(info.begin + start * width, raw)
+            values = np.empty(stop - start, np.float32)
+            if widen(raw, code, 0, stop - start, values):
+                _refuse(values, checkpoint, info, start)
+            return values
+
+        return read_plain
+
+
+class RawStream:
+    """`solera_merge.fused.RawTensor` over files; every block is read into the same buffers. A context manager."""
+
+    def __init__(
+        self, tensor: TensorPlan, checkpoints: Sequence[Checkpoint], step: int, advance: Callable[[int], None]
+    ) -> None:
+        from solera_merge.kernels.formats import CODES
+
+        self.size = tensor.spec.size
+        self.keys = tensor.keys
+        self.step = min(step, max(self.size, 1))
+        self._sources = [(checkpoints[s.model], checkpoints[s.model].tensors[s.name]) for s in tensor.sources]
+        self._codes = np.array([CODES[info.dtype] for _, info in self._sources], np.int64)
+        self._widths = [ITEM_BYTES[info.dtype] for _, info in self._sources]
+        self._rows = np.empty((len(self._sources), self.step * max(self._widths)), np.uint8)
+        self._advance = advance
+        self._files = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._readers = [self._files.enter_context(_open(c, info)) for c, info in self._sources]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._files.close()
+
+    def blocks(self) -> "Iterator[RawBlock]":
+        """One pass."""
+        from solera_merge.fused import RawBlock
+
+        parts = list(zip(self._sources, self._readers, self._rows, self._widths, strict=True))
+        for start in range(0, self.size, self.step):
+            n = min(self.step, self.size - start)
+            for (_, info), reader, row, width in parts:
+                reader.read_into(info.begin + start * width, row[: n * width])
+            self._advance(0)
+            yield RawBlock(start, n, self._rows, self._codes)
+
+    def advance(self, block: "RawBlock") -> None:
+        """Say that a block is done."""
+        self._advance(block.n * sum(self._widths))
+
+
+def _open(checkpoint: Checkpoint, info: TensorInfo) -> RangeReader:
+    reader = checkpoint.reader(info.name)
+    assert reader is not None, "only plain tensors are read from their file"
+    return reader
+
+
+def _refuse(values: Float32, checkpoint: Checkpoint, info: TensorInfo, start: int) -> None:
+    place = int(np.argmin(np.isfinite(values)))
+    index = tuple(int(i) for i in np.unravel_index(start + place, info.shape))
+    raise CheckpointError(
+        f"{info.file}: tensor {info.name!r} {info.shape} of model {checkpoint.ref!r} holds {values[place]} at {index}; "
+        "the model is damaged or diverged in training: leave it out, or repair it"
+    )
