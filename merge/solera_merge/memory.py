@@ -19,14 +19,26 @@ def default_memory_bytes() -> int:
 def _free_bytes() -> int:
     lines = _lines(Path("/proc/meminfo"))
     free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        most, now = _lines(Path(limit)), _lines(Path(used))
-        if most and now and most[0].isdigit():
-            free.append(max(int(most[0]) - int(now[0]), 0))
+    for folder, most_name, used_name in _control_groups():
+        most, used = _lines(folder / most_name), _lines(folder / used_name)
+        if most and used and most[0].isdigit():
+            free.append(max(int(most[0]) - int(used[0]), 0))
     return min(free, default=4 * _MOST)
+
+
+def _control_groups() -> Iterator[tuple[Path, str, str]]:
+    """(folder, file of the limit, file of the use) of this process's group and those above it, versions 1 and 2."""
+    for line in _lines(Path("/proc/self/cgroup")):
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            top, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        elif not controllers:
+            top, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            yield top / folder, *names
 
 
 def _lines(file: Path) -> list[str]:
