@@ -109,7 +109,7 @@ def merge_tensor(
     # An overflow is no warning here: the writer refuses what is not finite, by name.
     with np.errstate(over="ignore", invalid="ignore"):
         formula = method.function(streamed, *([] if method.survey is None else [finding]), **keywords)
-        for block in streamed.blocks(method.unit):
+        for block in streamed.blocks(method.unit_of(tensor.name, tensor.shape)):
             writer.write_flat(tensor.name, block.start, formula(block))
             advance(round(item_bytes * block.models[0].size))
 
@@ -142,9 +142,11 @@ class _Streamed:
         block_elements: int,
         advance: Callable[[int], None],
     ) -> None:
+        self.name = tensor.name
         self.size = tensor.spec.size
         self.shape = tensor.shape
         self.keys = tensor.keys
+        self.model_ids = tuple(source.model for source in tensor.models)
         self._tensor = tensor
         self._checkpoints = checkpoints
         self._step = block_elements

@@ -20,10 +20,11 @@ from solera_core.errors import CheckpointError, ConfigError
 from solera_core.plan import Plan
 from solera_core.strict import did_you_mean
 from solera_core.writer import TensorSpec, layout
-from solera_merge.block import BLOCK_ELEMENTS
+from solera_merge.block import BLOCK_ELEMENTS, block_starts
 from solera_merge.config import MergeConfig
 from solera_merge.config_json import output_config
 from solera_merge.masks import key
+from solera_merge.methods.catalogue import METHODS
 from solera_merge.models import Models, compare, open_models
 from solera_merge.problems import Problems
 from solera_merge.resolve import resolve
@@ -156,7 +157,7 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
         stage="merge",
         reads=reads,
         writes=writes,
-        memory_bytes=worker_threads(ctx) * (most * 2 + _TEMPORARIES) * BLOCK_ELEMENTS * 4,
+        memory_bytes=worker_threads(ctx) * (most * 2 + _TEMPORARIES) * max(map(_block_bytes, plan.tensors), default=0),
         disk_bytes=plan.disk_bytes,
         parameters={
             **config.model_dump(mode="json", exclude_none=True),
@@ -172,6 +173,16 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
 def worker_threads(ctx: Context) -> int:
     """Threads that merge tensors: as the caller says, else one a core that this process may use."""
     return ctx.threads if ctx.threads is not None else len(os.sched_getaffinity(0))
+
+
+def _block_bytes(tensor: TensorPlan) -> int:
+    """One source's block in the arithmetic of its method: larger than usual where whole rows or matrices are needed."""
+    if tensor.method == COPY:
+        return 0
+    unit = METHODS[tensor.method].unit_of(tensor.name, tensor.shape)
+    if unit == "elements" or tensor.spec.size <= BLOCK_ELEMENTS:
+        return BLOCK_ELEMENTS * 4
+    return block_starts(tensor.shape, unit, BLOCK_ELEMENTS)[1] * (8 if unit == "matrices" else 4)  # SVDs: float64
 
 
 def _row(tensor: TensorPlan, models: Models, parameters: Sequence[str]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ class Method:
         most_models: besides the base; None: any number.
         reference: arXiv id, or where the method comes from.
         fewest_models: besides the base.
-        unit: what the formula must see in one block; see `solera_merge.block.Unit`.
+        unit: what the formula must see in one block; see `solera_merge.block.Unit`. A function where it depends on the
+            tensor: (name, shape) -> unit.
         normalizes: the weights are divided by their sum always, not only when `normalize` says so.
         survey: for quantities over all tensors of the model: (every tensor, the parameters of each) -> for every
             tensor what `function` gets as second argument. None: the method needs no such thing.
@@ -42,7 +43,7 @@ class Method:
     most_models: int | None
     reference: str
     fewest_models: int = 1
-    unit: Unit = "elements"
+    unit: Unit | Callable[[str, tuple[int, ...]], Unit] = "elements"
     normalizes: bool = False
     survey: Callable[[Sequence[Tensor], Sequence[Mapping[str, Any]]], Sequence[Any]] | None = None
 
@@ -50,6 +51,10 @@ class Method:
     def parameters(self) -> Mapping[str, Parameter]:
         """By name in a recipe."""
         return MappingProxyType(parameters_of(self.function))
+
+    def unit_of(self, name: str, shape: tuple[int, ...]) -> Unit:
+        """What the formula must see in one block of the tensor `name`."""
+        return self.unit(name, shape) if callable(self.unit) else self.unit
 
 
 _ALL = (
