@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = 4096
 """Blocks start at multiples of this, so that sums over chunks do not depend on the size of the blocks."""
 
 Unit: TypeAlias = Literal["elements", "rows", "matrices", "tensor"]
-"""How a tensor may be cut into blocks: anywhere (at multiples of `CHUNK_ELEMENTS`), between rows or matrices, not at all.
+"""How a tensor may be cut into blocks: anywhere (at multiples of `CHUNK_ELEMENTS`), between rows, between matrices, not.
 
 A row is the last axis, a matrix the last two (of fused experts, one expert); of a vector the whole, of a scalar its one
 element.
@@ -59,7 +59,8 @@ def block_starts(shape: tuple[int, ...], unit: Unit, step: int) -> list[int]:
     Args:
         shape: of the tensor.
         unit: see `Unit`.
-        step: elements a block at most, except that a row, a matrix or a whole tensor is never cut. A multiple of CHUNK_ELEMENTS.
+        step: elements a block at most, except that a row, a matrix or a whole tensor is never cut. A multiple of
+            CHUNK_ELEMENTS.
 
     Example:
         >>> block_starts((5, 3000), "rows", 8192)

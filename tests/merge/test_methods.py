@@ -45,6 +45,12 @@ CASES: dict[str, Case] = {
     "ties": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6)}),
     "dare_ties": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6)}),
     "passthrough": Case({"scale": (1.0,)}),
+    "magmax": Case({"lambda_": 0.8}),
+    # Changes of 0.3 on average: about a quarter counts as none, a third is made by one model alone.
+    "ram": Case({"epsilon": 0.1}),
+    "ramplus_tl": Case({"epsilon": 0.1, "r": 0.3, "alpha": 5.0}),
+    "ramplus": Case({"epsilon": 0.1, "r": 0.3, "alpha": 5.0}),
+    "consensus_ta": Case({"k": 1, "tall_lambda": (0.4, 0.6), "lambda_": 0.9}),
 }
 """By a name that begins with the method's; `nuslerp, rows` is a second case of `nuslerp`."""
 

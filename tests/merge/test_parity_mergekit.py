@@ -123,6 +123,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         ],
         "parameters": {"density": 0.5},
     },
+    "ram": {
+        "merge_method": "ram",
+        "base_model": "base",
+        "models": [source("a"), source("b"), source("c")],
+        "parameters": {"epsilon": 5e-5},  # about as large as the changes of the matrices
+    },
+    "ramplus_tl": {
+        "merge_method": "ramplus_tl",
+        "base_model": "base",
+        "models": [source("a"), source("b"), source("c")],
+        "parameters": {"epsilon": [4e-5, 6e-5], "r": 0.5, "alpha": [{"filter": "mlp", "value": 0.3}, {"value": 3.0}]},
+    },
     "passthrough, slices": {
         "merge_method": "passthrough",
         "slices": [
@@ -134,7 +146,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # These combine tensors that have nothing in common, whose elements nearly cancel all the time.
 UNRELATED = {"slerp, wide angle", "linear, slices"}
-EXACT = {name for name in RECIPES if name.startswith(("task_arithmetic", "ties", "passthrough"))}
+EXACT = {name for name in RECIPES if name.startswith(("task_arithmetic", "ties", "passthrough")) or name == "ram"}
 
 
 @pytest.fixture(scope="session")

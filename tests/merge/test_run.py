@@ -38,6 +38,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ties": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
     "dare_ties": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
     "passthrough": {"models": ["a"]},
+    "magmax": {"models": ["a", "b"], "base_model": "base"},
+    "ram": {"models": ["a", "b"], "base_model": "base", "parameters": {"epsilon": 1e-3}},
+    "ramplus_tl": {"models": ["a", "b"], "base_model": "base", "parameters": {"epsilon": 1e-3}},
+    "ramplus": {"models": ["a", "b"], "base_model": "base", "parameters": {"epsilon": 1e-3}},
+    "consensus_ta": {"models": ["a", "b"], "base_model": "base", "parameters": {"k": 1}},
 }
 
 

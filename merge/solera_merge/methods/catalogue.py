@@ -7,9 +7,12 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from solera_merge.block import Formula, Tensor, Unit
+from solera_merge.methods.consensus_ta import consensus_ta
 from solera_merge.methods.dare_ties import dare_ties
 from solera_merge.methods.linear import linear
+from solera_merge.methods.magmax import magmax
 from solera_merge.methods.passthrough import passthrough
+from solera_merge.methods.ram import count_model, ram, ramplus, ramplus_tl
 from solera_merge.methods.signature import Parameter, parameters_of
 from solera_merge.methods.slerp import slerp
 from solera_merge.methods.task_arithmetic import task_arithmetic
@@ -64,6 +67,11 @@ _ALL = (
     Method("ties", ties, "required", None, "arXiv 2306.01708"),
     Method("dare_ties", dare_ties, "required", None, "arXiv 2311.03099"),
     Method("passthrough", passthrough, "unused", 1, "a copy"),
+    Method("magmax", magmax, "required", None, "arXiv 2407.06322"),
+    Method("ram", ram, "required", None, "arXiv 2601.13572"),
+    Method("ramplus_tl", ramplus_tl, "required", None, "arXiv 2601.13572"),
+    Method("ramplus", ramplus, "required", None, "arXiv 2601.13572", survey=count_model),
+    Method("consensus_ta", consensus_ta, "required", None, "arXiv 2405.07813", fewest_models=2),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
