@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = 4096
 """Blocks start at multiples of this, so that sums over chunks do not depend on the size of the blocks."""
 
 Unit: TypeAlias = Literal["elements", "rows", "matrices", "tensor"]
-"""How a tensor may be cut into blocks: anywhere (at multiples of `CHUNK_ELEMENTS`), between rows, between matrices, not.
+"""How a tensor may be cut into blocks: anywhere (at multiples of `CHUNK_ELEMENTS`), between rows or matrices, or not.
 
 A row is the last axis, a matrix the last two (of fused experts, one expert); of a vector the whole, of a scalar its one
 element.

@@ -43,6 +43,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ramplus_tl": {"models": ["a", "b"], "base_model": "base", "parameters": {"epsilon": 1e-3}},
     "ramplus": {"models": ["a", "b"], "base_model": "base", "parameters": {"epsilon": 1e-3}},
     "consensus_ta": {"models": ["a", "b"], "base_model": "base", "parameters": {"k": 1}},
+    "tsv_m": {"models": ["a", "b"], "base_model": "base"},
+    "iso_c": {"models": ["a", "b"], "base_model": "base"},
+    "iso_cts": {"models": ["a", "b"], "base_model": "base", "parameters": {"common_space_fraction": 0.5}},
 }
 
 

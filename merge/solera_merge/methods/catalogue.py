@@ -9,6 +9,7 @@ from typing import Any, Literal
 from solera_merge.block import Formula, Tensor, Unit
 from solera_merge.methods.consensus_ta import consensus_ta
 from solera_merge.methods.dare_ties import dare_ties
+from solera_merge.methods.iso import iso_c, iso_cts
 from solera_merge.methods.linear import linear
 from solera_merge.methods.magmax import magmax
 from solera_merge.methods.passthrough import passthrough
@@ -17,6 +18,8 @@ from solera_merge.methods.signature import Parameter, parameters_of
 from solera_merge.methods.slerp import slerp
 from solera_merge.methods.task_arithmetic import task_arithmetic
 from solera_merge.methods.ties import ties
+from solera_merge.methods.tsv_m import tsv_m
+from solera_merge.singular import unit_of
 
 __all__ = ["METHODS", "Method"]
 
@@ -72,6 +75,9 @@ _ALL = (
     Method("ramplus_tl", ramplus_tl, "required", None, "arXiv 2601.13572"),
     Method("ramplus", ramplus, "required", None, "arXiv 2601.13572", survey=count_model),
     Method("consensus_ta", consensus_ta, "required", None, "arXiv 2405.07813", fewest_models=2),
+    Method("tsv_m", tsv_m, "required", None, "arXiv 2412.00081", unit=unit_of),
+    Method("iso_c", iso_c, "required", None, "arXiv 2502.04959", unit=unit_of),
+    Method("iso_cts", iso_cts, "required", None, "arXiv 2502.04959", unit=unit_of),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
