@@ -78,11 +78,19 @@ def test_where_iso_cts_is_iso_c(apply: Apply, fraction: float, n: int) -> None:
 
 
 def test_a_common_space_is_never_negative(apply: Apply) -> None:
-    """3 directions for 2 tasks: 1.5 each, which rounds to 2 and would leave -1."""
-    base, models = random_models((3, 4), 2)
-    merged = apply("iso_cts", models, base, common_space_fraction=0.0)
-    values = np.linalg.svd(merged.reshape(3, 4))[1]
-    assert values.max() / values.min() == pytest.approx(1, abs=1e-5)
+    """3 directions for 2 tasks: 1.5 each, which rounds to 2 and would leave -1. So 1 each, and 1 in common."""
+    base, models = random_models((4, 3), 2)
+    merged = apply("iso_cts", models, base, common_space_fraction=0.0).reshape(4, 3)
+    np.testing.assert_allclose(merged, cts_reference(models, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_added_where_the_common_space_holds_all_tasks(apply: Apply) -> None:
+    """What is left of the tasks is rounding, and has no direction."""
+    rng = np.random.default_rng(2)
+    models = [rng.integers(-9, 9, (10, 2)) @ rng.integers(-9, 9, (2, 8)) for _ in range(2)]  # rank 2, exactly
+    base = np.zeros((10, 8))
+    merged = apply("iso_cts", models, base, common_space_fraction=0.5)
+    np.testing.assert_allclose(merged, apply("iso_c", models, base), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
