@@ -83,8 +83,8 @@ def _average(scale: float) -> Formula:
     return formula
 
 
-def svd(x: Float64, largest: float = 0.0) -> tuple[Float64, Float64, Float64]:
-    """U [m, r], S [r] and V^T [r, n] with x = U diag(S) V^T, r = min(m, n).
+def svd(x: Float64, k: int | None = None, *, largest: float = 0.0) -> tuple[Float64, Float64, Float64]:
+    """U [m, k], S [k] and V^T [k, n], the first k parts of x = U diag(S) V^T.
 
     Where a singular value is zero the singular vectors are arbitrary: LAPACK has to return some, and a method that
     gives them weight would add noise. Here they are zero as well. Zero means at most 2^-23 of the largest.
@@ -93,13 +93,15 @@ def svd(x: Float64, largest: float = 0.0) -> tuple[Float64, Float64, Float64]:
 
     Args:
         x: [m, n].
+        k: how many singular values and vectors; all min(m, n) by default.
         largest: what x is small against where it is what a subtraction has left; its own largest value otherwise.
     """
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     place = np.argmax(np.abs(u), axis=0)
     sign = np.where(np.take_along_axis(u, place[None], axis=0)[0] < 0, -1.0, 1.0)
     sign[s <= _ZERO * max(largest, s[0])] = 0
-    return u * sign, s * np.abs(sign), vt * sign[:, None]
+    sign = sign[:k]
+    return u[:, :k] * sign, s[:k] * np.abs(sign), vt[:k] * sign[:, None]
 
 
 def nearest_orthonormal(x: Float64) -> Float64:

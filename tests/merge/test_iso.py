@@ -18,7 +18,8 @@ def random_models(shape: tuple[int, ...], n: int, seed: int = 0) -> tuple[F64, l
 
 def inverse_root(gram: F64) -> F64:
     values, vectors = np.linalg.eigh(gram)
-    return vectors / np.sqrt(values) @ vectors.T
+    root: F64 = vectors / np.sqrt(values) @ vectors.T
+    return root
 
 
 def cts_reference(taus: Sequence[F64], k: int) -> F64:
@@ -34,7 +35,8 @@ def cts_reference(taus: Sequence[F64], k: int) -> F64:
         vs.append(vtt[:own].T)
     left, right = np.concatenate(us, axis=1), np.concatenate(vs, axis=1)
     left, right = left @ inverse_root(left.T @ left), right @ inverse_root(right.T @ right)
-    return np.mean(np.concatenate(ss)) * left @ right.T
+    merged: F64 = np.mean(np.concatenate(ss)) * left @ right.T
+    return merged
 
 
 def test_iso_c_by_hand(apply: Apply) -> None:

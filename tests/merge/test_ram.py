@@ -60,7 +60,7 @@ def test_models_that_change_nothing_alone(apply: Apply) -> None:
     assert apply("ramplus_tl", [[1.0], [2.0]], [0.0]).tolist() == [1.5]
 
 
-def reference(tensors: dict[str, list[F32]], epsilon: float, r: float, alpha: float) -> dict[str, F32]:
+def reference(tensors: dict[str, list[F32]], epsilon: float, r: float, alpha: float) -> dict[str, Any]:
     """The paper on one vector of all tensors, element by element: {name: [base, model, ...]} -> {name: merged}."""
     flat = [
         np.concatenate([t[i].reshape(-1) for t in tensors.values()]) for i in range(len(next(iter(tensors.values()))))

@@ -1,11 +1,15 @@
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from solera_merge.block import block_starts
+from solera_core.context import Context
+from solera_merge.block import BLOCK_ELEMENTS, block_starts
 from solera_merge.methods.catalogue import METHODS
+from solera_merge.run import plan_merge
 from solera_merge.singular import has_matrices, nearest_orthonormal, svd
 
 F64 = npt.NDArray[np.float64]
@@ -113,3 +117,16 @@ def test_nearest_orthonormal() -> None:
     # of a column that is there twice, each copy gets a half
     twice = np.array([[2.0, 2.0], [0.0, 0.0], [0.0, 0.0]])
     np.testing.assert_allclose(nearest_orthonormal(twice), twice / np.sqrt(8), atol=1e-15)
+
+
+def test_the_plan_counts_whole_matrices(bare_model: Callable[..., Path], recipe: Any, tmp_path: Path) -> None:
+    """A matrix of 500 x 600 is more than a block, and decomposed in float64; a long embedding costs nothing more."""
+    shapes = {"model.layers.0.mlp.up_proj.weight": (500, 600), "model.embed_tokens.weight": (40_000, 10)}
+    tensors = {name: np.zeros(shape) for name, shape in shapes.items()}
+    config = {"num_hidden_layers": 1, "vocab_size": 40_000}
+    paths = [str(bare_model(tmp_path / name, tensors, **config)) for name in ("base", "a", "b")]
+    memory = {}
+    for method in ("iso_c", "magmax"):
+        content = recipe(merge_method=method, base_model=paths[0], models=paths[1:])
+        memory[method] = plan_merge(content, Context(threads=1)).memory_bytes
+    assert memory["iso_c"] / memory["magmax"] == pytest.approx(500 * 600 * 10 / (BLOCK_ELEMENTS * 4))

@@ -11,7 +11,8 @@ F64 = npt.NDArray[np.float64]
 
 def inverse_root(gram: F64) -> F64:
     values, vectors = np.linalg.eigh(gram)
-    return vectors / np.sqrt(values) @ vectors.T
+    root: F64 = vectors / np.sqrt(values) @ vectors.T
+    return root
 
 
 def reference(taus: Sequence[F64]) -> F64:

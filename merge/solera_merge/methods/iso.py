@@ -76,10 +76,11 @@ def _common_and_specific(taus: Sequence[Float64], fraction: float) -> Float64:
     r = min(taus[0].shape)
     specific = min(round((r - int(r * fraction)) / len(taus)), r // len(taus))  # of each task
     common = r - specific * len(taus)
-    u, s, vt = svd(np.sum(taus, axis=0))
-    space = u[:, :common]
-    parts = [svd(tau - space @ (space.T @ tau), largest=float(np.linalg.norm(tau))) for tau in taus]
-    u = np.concatenate([*(part[0][:, :specific] for part in parts), space], axis=1)
-    s = np.concatenate([*(part[1][:specific] for part in parts), s[:common]])
-    vt = np.concatenate([*(part[2][:specific] for part in parts), vt[:common]], axis=0)
-    return np.mean(s) * (nearest_orthonormal(u) @ nearest_orthonormal(vt))
+    shared = svd(np.sum(taus, axis=0), common)
+    space = shared[0]
+    parts = [svd(tau - space @ (space.T @ tau), specific, largest=float(np.linalg.norm(tau))) for tau in taus]
+    us, ss, vts = zip(*parts, shared, strict=True)
+    u = nearest_orthonormal(np.concatenate(us, axis=1))
+    vt = nearest_orthonormal(np.concatenate(vts, axis=0))
+    merged: Float64 = np.mean(np.concatenate(ss)) * (u @ vt)
+    return merged

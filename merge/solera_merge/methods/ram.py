@@ -125,8 +125,11 @@ def _selective(epsilon: float, scales: Sequence[float]) -> Formula:
         divisor = np.maximum(number, np.float32(1))
         terms: list[Float32] = []
         for delta, mask, scale in zip(deltas, changed, scales, strict=True):
-            factor = np.where(number == 1, np.float32(scale), np.float32(1))
-            terms.append(delta * mask * factor / divisor)
+            term = delta * mask
+            if scale != 1:
+                term *= np.where(number == 1, np.float32(scale), np.float32(1))
+            term /= divisor
+            terms.append(term)
         out = total(terms)
         assert block.base is not None
         out += block.base

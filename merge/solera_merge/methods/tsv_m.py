@@ -45,8 +45,9 @@ def tsv_m(tensor: Tensor, /, *, lambda_: Finite = 1.0) -> Formula:
 
 def _merge(taus: Sequence[Float64]) -> Float64:
     k = max(min(taus[0].shape) // len(taus), 1)
-    parts = [svd(tau) for tau in taus]
-    u = nearest_orthonormal(np.concatenate([u[:, :k] for u, _, _ in parts], axis=1))
-    s = np.concatenate([s[:k] for _, s, _ in parts])
-    vt = nearest_orthonormal(np.concatenate([vt[:k] for _, _, vt in parts], axis=0))
-    return u * s @ vt
+    us, ss, vts = zip(*(svd(tau, k) for tau in taus), strict=True)
+    u = nearest_orthonormal(np.concatenate(us, axis=1))
+    s = np.concatenate(ss)
+    vt = nearest_orthonormal(np.concatenate(vts, axis=0))
+    merged: Float64 = u * s @ vt
+    return merged
