@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from solera_core.checkpoint import Checkpoint
 from solera_core.dtypes import ITEM_BYTES
@@ -56,7 +57,11 @@ def execute(
     open_tensors = [tensor for tensor in tensors if not writer.is_done(tensor.name)]
     total = sum(checkpoints[s.model].tensors[s.name].nbytes for tensor in open_tensors for s in tensor.sources)
     budget = Budget(default_memory_bytes() if memory_bytes is None else memory_bytes)
-    with progress.task("merging", total, "bytes") as task, ThreadPoolExecutor(threads, "merge") as pool:
+    with (
+        threadpool_limits(1),  # LAPACK's last bits depend on its threads, and ours keep the cores busy already
+        progress.task("merging", total, "bytes") as task,
+        ThreadPoolExecutor(threads, "merge") as pool,
+    ):
 
         def advance(amount: int) -> None:
             if stop.is_set():
@@ -139,7 +144,7 @@ def _merge_blocks(
     with np.errstate(over="ignore", invalid="ignore"):
         formula = method.function(streamed, *([] if method.survey is None else [finding]), **keywords)
         drift = np.zeros(2)
-        for block in streamed.blocks(method.unit):
+        for block in streamed.blocks(method.unit_of(tensor.name, tensor.shape)):
             merged = formula(block)
             add_drift_of_block(merged, block.models[0] if block.base is None else block.base, drift)
             if block.start >= first:

@@ -53,6 +53,7 @@ COPY = "copy"
 
 _TEMPORARIES = 8  # float32 blocks that a formula and the cast hold besides the sources
 _SELECTION_BYTES = 4 << 20  # histograms and the elements of one bin, a model
+_SVD_BYTES = 10  # an element: float64, and a share of LAPACK's workspace (measured: 1.5 N + 13.5 matrices of float64)
 _TORCH_NAME = {name: torch for torch, name in SAFETENSORS_NAME.items()}
 
 
@@ -193,11 +194,12 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
 
 
 def tensor_bytes(tensor: TensorPlan) -> int:
-    """Memory that merging one tensor takes: blocks of float32 of its sources, their raw bytes, and temporaries."""
-    unit = "elements" if tensor.method == COPY else METHODS[tensor.method].unit
+    """Memory that merging one tensor takes: blocks of its sources, stored and in float32, and temporaries."""
+    unit = "elements" if tensor.method == COPY else METHODS[tensor.method].unit_of(tensor.name, tensor.shape)
     starts = block_starts(tensor.shape, unit, BLOCK_ELEMENTS)
     block = starts[1] - starts[0] if len(starts) > 1 else 0
-    return (len(tensor.sources) * 2 + _TEMPORARIES) * block * 4 + len(tensor.models) * _SELECTION_BYTES
+    item_bytes = _SVD_BYTES if unit == "matrices" else 4
+    return (len(tensor.sources) * 2 + _TEMPORARIES) * block * item_bytes + len(tensor.models) * _SELECTION_BYTES
 
 
 def peak_bytes(tensors: Sequence[TensorPlan], ctx: Context) -> int:

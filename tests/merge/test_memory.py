@@ -84,9 +84,7 @@ def test_a_tensor_that_cannot_fit_is_refused_before_any_work(
     recipe: Callable[..., MergeConfig], siblings: dict[str, Path], tmp_path: Path
 ) -> None:
     config = recipe(merge_method="linear", models=["a", "b"], parameters={"weight": 1})
-    with pytest.raises(
-        ResourceError, match=r"needs \d+ MB for it, and the bound is 1 MB; raise it with --mem"
-    ):
+    with pytest.raises(ResourceError, match=r"needs \d+ MB for it, and the bound is 1 MB; raise it with --mem"):
         merge(config, tmp_path / "out", Context(models=siblings, memory_bytes=10**6))
     assert list(tmp_path.iterdir()) == []
 

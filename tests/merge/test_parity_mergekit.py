@@ -123,6 +123,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         ],
         "parameters": {"density": 0.5},
     },
+    "ram": {
+        "merge_method": "ram",
+        "base_model": "base",
+        "models": [source("a"), source("b"), source("c")],
+        "parameters": {"epsilon": 5e-5},  # about as large as the changes of the matrices
+    },
+    "ramplus_tl": {
+        "merge_method": "ramplus_tl",
+        "base_model": "base",
+        "models": [source("a"), source("b"), source("c")],
+        "parameters": {"epsilon": [4e-5, 6e-5], "r": 0.5, "alpha": [{"filter": "mlp", "value": 0.3}, {"value": 3.0}]},
+    },
     "passthrough, slices": {
         "merge_method": "passthrough",
         "slices": [
@@ -206,7 +218,7 @@ SHARE |= {"multislerp": 0.9998, "multislerp, task vectors": 0.9997, "karcher": 0
 TOLERANCE = {"karcher": 1e-4}
 # mergekit's multislerp stops where more than two models equal the base in a tensor, as bfloat16 norms here do.
 STOPS_IN_BFLOAT16 = {"multislerp, task vectors"}
-EXACT = {name for name in RECIPES if name.startswith(("task_arithmetic", "ties", "passthrough"))}
+EXACT = {name for name in RECIPES if name.startswith(("task_arithmetic", "ties", "passthrough")) or name == "ram"}
 
 
 @pytest.fixture(scope="session")
