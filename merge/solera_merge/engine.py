@@ -8,10 +8,10 @@ writer's journal records: when it returns, its tensor is complete in the output.
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from solera_core.checkpoint import Checkpoint
 from solera_core.dtypes import ITEM_BYTES
@@ -58,7 +58,7 @@ def execute(
     total = sum(checkpoints[s.model].tensors[s.name].nbytes for tensor in open_tensors for s in tensor.sources)
     budget = Budget(default_memory_bytes() if memory_bytes is None else memory_bytes)
     with (
-        threadpool_limits(1),  # LAPACK's last bits depend on its threads, and ours keep the cores busy already
+        _one_lapack_thread(open_tensors),
         progress.task("merging", total, "bytes") as task,
         ThreadPoolExecutor(threads, "merge") as pool,
     ):
@@ -88,6 +88,15 @@ def execute(
         finally:  # also on KeyboardInterrupt
             stop.set()
             pool.shutdown(cancel_futures=True)
+
+
+def _one_lapack_thread(tensors: Sequence[TensorPlan]) -> AbstractContextManager[object]:
+    """LAPACK's last bits depend on the number of its threads; and ours keep the cores busy already."""
+    if all(t.method == COPY or METHODS[t.method].unit_of(t.name, t.shape) != "matrices" for t in tensors):
+        return nullcontext()
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1)
 
 
 def merge_tensor(
