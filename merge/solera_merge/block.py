@@ -91,6 +91,11 @@ class Tensor(Protocol):
         ...
 
     @property
+    def sources(self) -> tuple[int, ...]:
+        """Which models of the merge those of a block are, as numbers that mean the same for every tensor."""
+        ...
+
+    @property
     def keys(self) -> tuple[int, ...]:
         """One 128-bit random key a model, from (seed, name of the output tensor, reference of the model)."""
         ...

@@ -144,6 +144,7 @@ class _Streamed:
     ) -> None:
         self.size = tensor.spec.size
         self.shape = tensor.shape
+        self.sources = tuple(source.model for source in tensor.models)
         self.keys = tensor.keys
         self._tensor = tensor
         self._checkpoints = checkpoints

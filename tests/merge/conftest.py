@@ -38,6 +38,7 @@ class InMemory:
         self.models = [m.reshape(-1) for m in self.models]
         self.base = None if self.base is None else self.base.reshape(-1)
         self.keys = self.keys or tuple(range(1, len(self.models) + 1))
+        self.sources = tuple(range(len(self.models)))
 
     def blocks(self, unit: Unit = "elements") -> Iterator[Block]:
         self.passes += 1

@@ -35,7 +35,7 @@ def test_mergekit_recipes_are_read(recipe: Recipe) -> None:
     ("content", "message"),
     [
         ({"merge_method": "dare-ties", "models": AB}, "unknown method 'dare-ties' (did you mean 'dare_ties'?)"),
-        ({"merge_method": "evolve", "models": AB}, "(known: dare_ties, linear,"),
+        ({"merge_method": "evolve", "models": AB}, ", linear, "),
         ({"merge_method": "linear", "model": AB}, "model: unknown key (did you mean 'models'?)"),
         ({"merge_method": "linear", "models": AB, "normalise": True}, "normalise: unknown key"),
         ({"merge_method": "linear", "models": []}, "models: list should have at least 1 item"),

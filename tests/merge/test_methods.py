@@ -45,6 +45,13 @@ CASES: dict[str, Case] = {
     "ties": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6)}),
     "dare_ties": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6)}),
     "passthrough": Case({"scale": (1.0,)}),
+    "dare_linear": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6), "lambda_": 0.9}),
+    "breadcrumbs": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6), "gamma": (0.1, 0.02)}),
+    "breadcrumbs_ties": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6), "gamma": (0.1, 0.02)}),
+    "ties, of the model": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6), "scope": "model"}),
+    "breadcrumbs, of the model": Case(
+        {"weight": (0.3, 0.7), "density": (0.4, 0.6), "gamma": (0.1, 0.1), "scope": "model"}
+    ),
 }
 """By a name that begins with the method's; `nuslerp, rows` is a second case of `nuslerp`."""
 

@@ -7,6 +7,9 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from solera_merge.block import Formula, Tensor, Unit
+from solera_merge.methods.breadcrumbs import breadcrumbs
+from solera_merge.methods.breadcrumbs_ties import breadcrumbs_ties
+from solera_merge.methods.dare_linear import dare_linear
 from solera_merge.methods.dare_ties import dare_ties
 from solera_merge.methods.linear import linear
 from solera_merge.methods.passthrough import passthrough
@@ -14,6 +17,7 @@ from solera_merge.methods.signature import Parameter, parameters_of
 from solera_merge.methods.slerp import slerp
 from solera_merge.methods.task_arithmetic import task_arithmetic
 from solera_merge.methods.ties import ties
+from solera_merge.scope import survey
 
 __all__ = ["METHODS", "Method"]
 
@@ -34,6 +38,7 @@ class Method:
         normalizes: the weights are divided by their sum always, not only when `normalize` says so.
         survey: for quantities over all tensors of the model: (every tensor, the parameters of each) -> for every
             tensor what `function` gets as second argument. None: the method needs no such thing.
+        check: raises ValueError where the resolved parameters of a tensor, each valid, are impossible together.
     """
 
     name: str
@@ -45,6 +50,7 @@ class Method:
     unit: Unit = "elements"
     normalizes: bool = False
     survey: Callable[[Sequence[Tensor], Sequence[Mapping[str, Any]]], Sequence[Any]] | None = None
+    check: Callable[[Mapping[str, Any]], None] | None = None
 
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:
@@ -56,9 +62,12 @@ _ALL = (
     Method("linear", linear, "unused", None, "arXiv 2203.05482"),
     Method("slerp", slerp, "required", 1, "Shoemake 1985"),
     Method("task_arithmetic", task_arithmetic, "required", None, "arXiv 2212.04089"),
-    Method("ties", ties, "required", None, "arXiv 2306.01708"),
+    Method("ties", ties, "required", None, "arXiv 2306.01708", survey=survey),
     Method("dare_ties", dare_ties, "required", None, "arXiv 2311.03099"),
     Method("passthrough", passthrough, "unused", 1, "a copy"),
+    Method("dare_linear", dare_linear, "required", None, "arXiv 2311.03099"),
+    Method("breadcrumbs", breadcrumbs, "required", None, "arXiv 2312.06795", survey=survey),
+    Method("breadcrumbs_ties", breadcrumbs_ties, "required", None, "arXiv 2312.06795", survey=survey),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
