@@ -52,6 +52,8 @@ CASES: dict[str, Case] = {
     "breadcrumbs, of the model": Case(
         {"weight": (0.3, 0.7), "density": (0.4, 0.6), "gamma": (0.1, 0.1), "scope": "model"}
     ),
+    "della": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6), "epsilon": (0.2, 0.1)}),
+    "della_linear": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6), "epsilon": (0.2, 0.1)}),
 }
 """By a name that begins with the method's; `nuslerp, rows` is a second case of `nuslerp`."""
 

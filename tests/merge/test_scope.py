@@ -166,4 +166,4 @@ def test_through_the_engine(
     for name, kept in zip(out, kept_by_sort(deltas, 0.2), strict=True):
         assert np.array_equal(out[name], base[name] + kept), name
         shares.add(round(float(np.mean(kept != 0)), 1))
-    assert len(shares) > 2  # tensors that changed more keep more
+    assert max(shares) - min(shares) >= 0.1  # tensors that changed more keep more

@@ -11,6 +11,8 @@ from solera_merge.methods.breadcrumbs import breadcrumbs
 from solera_merge.methods.breadcrumbs_ties import breadcrumbs_ties
 from solera_merge.methods.dare_linear import dare_linear
 from solera_merge.methods.dare_ties import dare_ties
+from solera_merge.methods.della import check_della, della
+from solera_merge.methods.della_linear import della_linear
 from solera_merge.methods.linear import linear
 from solera_merge.methods.passthrough import passthrough
 from solera_merge.methods.signature import Parameter, parameters_of
@@ -68,6 +70,8 @@ _ALL = (
     Method("dare_linear", dare_linear, "required", None, "arXiv 2311.03099"),
     Method("breadcrumbs", breadcrumbs, "required", None, "arXiv 2312.06795", survey=survey),
     Method("breadcrumbs_ties", breadcrumbs_ties, "required", None, "arXiv 2312.06795", survey=survey),
+    Method("della", della, "required", None, "arXiv 2406.11617", unit="rows", check=check_della),
+    Method("della_linear", della_linear, "required", None, "arXiv 2406.11617", unit="rows", check=check_della),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
