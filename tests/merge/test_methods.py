@@ -54,6 +54,8 @@ CASES: dict[str, Case] = {
     ),
     "della": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6), "epsilon": (0.2, 0.1)}),
     "della_linear": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6), "epsilon": (0.2, 0.1)}),
+    "sce": Case({"select_topk": 0.4}),
+    "sce, all elements": Case({"select_topk": 1.0}, identity_rtol=0),
 }
 """By a name that begins with the method's; `nuslerp, rows` is a second case of `nuslerp`."""
 

@@ -15,6 +15,7 @@ from solera_merge.methods.della import check_della, della
 from solera_merge.methods.della_linear import della_linear
 from solera_merge.methods.linear import linear
 from solera_merge.methods.passthrough import passthrough
+from solera_merge.methods.sce import sce
 from solera_merge.methods.signature import Parameter, parameters_of
 from solera_merge.methods.slerp import slerp
 from solera_merge.methods.task_arithmetic import task_arithmetic
@@ -72,6 +73,7 @@ _ALL = (
     Method("breadcrumbs_ties", breadcrumbs_ties, "required", None, "arXiv 2312.06795", survey=survey),
     Method("della", della, "required", None, "arXiv 2406.11617", unit="rows", check=check_della),
     Method("della_linear", della_linear, "required", None, "arXiv 2406.11617", unit="rows", check=check_della),
+    Method("sce", sce, "required", None, "arXiv 2408.07990", fewest_models=2),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})

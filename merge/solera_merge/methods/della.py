@@ -31,8 +31,8 @@ def della(
     only element of a row with p = density. What is kept is divided by its own p, so the expectation of every element
     is kept. The election is that of TIES (2306.01708).
 
-    The paper speaks of drop probabilities in a window of total width epsilon; as in mergekit the window is density
-    plus and minus epsilon here, and symmetric, so that the mean over a row is the density.
+    The paper speaks of drop probabilities, in a window of total width epsilon; as in the authors' code and in mergekit
+    the window is density plus and minus epsilon here (the paper's epsilon is twice this one).
 
     mergekit scales what is left to the L1 norm of the tensor instead: with density 0.3 and epsilon 0.25 the large
     elements then come out 1.34 times too large on average, and the small ones at a quarter. It fails on rows of one
