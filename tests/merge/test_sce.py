@@ -54,7 +54,7 @@ def test_against_the_definition(apply: Apply, share: float, count: int, levels: 
         deltas[:, ::7] = deltas[0, ::7]
     deltas = deltas.astype(np.float32)
     merged = apply("sce", list(deltas), np.zeros(9000, np.float32), select_topk=share)
-    np.testing.assert_allclose(merged, by_definition(deltas, share), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(merged, by_definition(list(deltas), share), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [2.0**-40, 2.0**-12, 1.0, 2.0**20])
@@ -78,6 +78,11 @@ def test_what_all_models_agree_about_is_only_kept_without_selection(apply: Apply
     a, b = [1.0, 2.0, 5.0], [1.0, 3.0, 5.0]
     assert apply("sce", [a, b], [0.0] * 3, select_topk=0.99).tolist()[::2] == [0.0, 0.0]
     assert apply("sce", [a, b], [0.0] * 3).tolist()[::2] == [1.0, 5.0]
+
+
+def test_at_least_one_element_is_kept(apply: Apply) -> None:
+    assert apply("sce", [[1.0, 5.0], [2.0, 7.0]], [0.0, 0.0], select_topk=0.1)[0] == 0.0
+    assert apply("sce", [[5.0], [5.5]], [1.0], select_topk=0.1)[0] > 5
 
 
 def test_selecting_nothing_gives_the_base(apply: Apply) -> None:
