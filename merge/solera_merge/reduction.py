@@ -1,14 +1,14 @@
 """Sums over a whole tensor whose last bit does not depend on blocks or threads."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from solera_merge.block import CHUNK_ELEMENTS, Float32, Tensor
+from solera_merge.block import CHUNK_ELEMENTS, Block, Float32, Tensor
 
-__all__ = ["LANES", "gram", "norms_and_dot", "root_sums"]
+__all__ = ["LANES", "gram", "norms_and_dot", "root_sums", "sums_of_squares"]
 
 LANES = 32
 """Partial sums of a chunk."""
@@ -50,6 +50,23 @@ def root_sums(
 ) -> tuple[float, float, float]:
     """(|base|, |model|, <base, model>) from the sums of the chunks, added exactly: their order does not matter."""
     return math.sqrt(math.fsum(squares_base)), math.sqrt(math.fsum(squares_model)), math.fsum(products)
+
+
+def sums_of_squares(tensor: Tensor, vectors: Callable[[Block], Sequence[Float32]]) -> list[float]:
+    """Sum x^2 over the whole tensor for every x that `vectors` makes of a block, in one pass, fp64; as above.
+
+    Args:
+        tensor: read once.
+        vectors: block -> equally many vectors [n] for every block.
+    """
+    sums: list[list[float]] = []
+    for block in tensor.blocks():
+        found = vectors(block)
+        sums = sums or [[] for _ in found]
+        for partial_sums, x in zip(sums, found, strict=True):
+            wide = x.astype(np.float64)
+            partial_sums += _chunk_sums(wide * wide)
+    return [math.fsum(partial_sums) for partial_sums in sums]
 
 
 def _chunk_sums(values: npt.NDArray[np.float64]) -> list[float]:

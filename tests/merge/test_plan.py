@@ -59,6 +59,7 @@ def test_plan_is_pure_data(recipe: Recipe, siblings: Siblings) -> None:
         "density": "0.5, 0.5",
         "normalize": True,
         "lambda": 1.0,
+        "scope": "tensor",
         "int8_mask": False,
     }
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from solera_merge.block import CHUNK_ELEMENTS
-from solera_merge.reduction import norms_and_dot
+from solera_merge.reduction import norms_and_dot, sums_of_squares
 
 
 def test_block_size_changes_no_bit_of_the_sums(in_memory: Any) -> None:
@@ -21,3 +21,19 @@ def test_against_numpy(in_memory: Any) -> None:
     assert norm_a == pytest.approx(np.linalg.norm(wide_a), rel=1e-14)
     assert norm_b == pytest.approx(np.linalg.norm(wide_b), rel=1e-14)
     assert dot == pytest.approx(wide_a @ wide_b, rel=1e-12)
+
+
+def test_sums_of_squares(in_memory: Any) -> None:
+    a, b, c = np.random.default_rng(0).standard_normal((3, 40 * CHUNK_ELEMENTS + 5)).astype(np.float32)
+    results = {
+        tuple(sums_of_squares(in_memory([b, c], a, chunks * CHUNK_ELEMENTS), lambda block: block.deltas))
+        for chunks in (1, 2, 7, 100)
+    }
+    assert len(results) == 1
+    expected = [float((x.astype(np.float64) ** 2).sum()) for x in (b - a, c - a)]
+    assert results.pop() == pytest.approx(expected, rel=1e-13)
+
+
+def test_sums_of_squares_of_nothing(in_memory: Any) -> None:
+    empty = np.zeros((0,), np.float32)
+    assert sums_of_squares(in_memory([empty, empty], empty), lambda block: block.deltas) == []

@@ -8,8 +8,13 @@ from typing import Any, Literal
 
 from solera_merge.block import Formula, Tensor, Unit
 from solera_merge.methods.arcee_fusion import arcee_fusion
+from solera_merge.methods.breadcrumbs import breadcrumbs
+from solera_merge.methods.breadcrumbs_ties import breadcrumbs_ties
 from solera_merge.methods.consensus_ta import consensus_ta
+from solera_merge.methods.dare_linear import dare_linear
 from solera_merge.methods.dare_ties import dare_ties
+from solera_merge.methods.della import check_della, della
+from solera_merge.methods.della_linear import della_linear
 from solera_merge.methods.iso import iso_c, iso_cts
 from solera_merge.methods.karcher import karcher
 from solera_merge.methods.linear import linear
@@ -20,11 +25,13 @@ from solera_merge.methods.nearswap import nearswap
 from solera_merge.methods.nuslerp import nuslerp
 from solera_merge.methods.passthrough import passthrough
 from solera_merge.methods.ram import count_model, ram, ramplus, ramplus_tl
+from solera_merge.methods.sce import sce
 from solera_merge.methods.signature import Parameter, parameters_of
 from solera_merge.methods.slerp import slerp
 from solera_merge.methods.task_arithmetic import task_arithmetic
 from solera_merge.methods.ties import ties
 from solera_merge.methods.tsv_m import tsv_m
+from solera_merge.scope import survey
 from solera_merge.singular import unit_of
 
 __all__ = ["METHODS", "Method"]
@@ -47,6 +54,7 @@ class Method:
         normalizes: the weights are divided by their sum always, not only when `normalize` says so.
         survey: for quantities over all tensors of the model: (every tensor, the parameters of each) -> for every
             tensor what `function` gets as second argument. None: the method needs no such thing.
+        check: raises ValueError where the resolved parameters of a tensor, each valid, are impossible together.
     """
 
     name: str
@@ -58,6 +66,7 @@ class Method:
     unit: Unit | Callable[[str, tuple[int, ...]], Unit] = "elements"
     normalizes: bool = False
     survey: Callable[[Sequence[Tensor], Sequence[Mapping[str, Any]]], Sequence[Any]] | None = None
+    check: Callable[[Mapping[str, Any]], None] | None = None
 
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:
@@ -73,7 +82,7 @@ _ALL = (
     Method("linear", linear, "unused", None, "arXiv 2203.05482"),
     Method("slerp", slerp, "required", 1, "Shoemake 1985"),
     Method("task_arithmetic", task_arithmetic, "required", None, "arXiv 2212.04089"),
-    Method("ties", ties, "required", None, "arXiv 2306.01708"),
+    Method("ties", ties, "required", None, "arXiv 2306.01708", survey=survey),
     Method("dare_ties", dare_ties, "required", None, "arXiv 2311.03099"),
     Method("passthrough", passthrough, "unused", 1, "a copy"),
     Method("nuslerp", nuslerp, "optional", 2, "Shoemake 1985", fewest_models=2, unit="rows", normalizes=True),
@@ -90,6 +99,12 @@ _ALL = (
     Method("tsv_m", tsv_m, "required", None, "arXiv 2412.00081", unit=unit_of),
     Method("iso_c", iso_c, "required", None, "arXiv 2502.04959", unit=unit_of),
     Method("iso_cts", iso_cts, "required", None, "arXiv 2502.04959", unit=unit_of),
+    Method("dare_linear", dare_linear, "required", None, "arXiv 2311.03099"),
+    Method("breadcrumbs", breadcrumbs, "required", None, "arXiv 2312.06795", survey=survey),
+    Method("breadcrumbs_ties", breadcrumbs_ties, "required", None, "arXiv 2312.06795", survey=survey),
+    Method("della", della, "required", None, "arXiv 2406.11617", unit="rows", check=check_della),
+    Method("della_linear", della_linear, "required", None, "arXiv 2406.11617", unit="rows", check=check_della),
+    Method("sce", sce, "required", None, "arXiv 2408.07990", fewest_models=2),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
