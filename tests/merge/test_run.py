@@ -38,6 +38,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ties": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
     "dare_ties": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
     "passthrough": {"models": ["a"]},
+    "dare_linear": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
+    "breadcrumbs": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
+    "breadcrumbs_ties": {
+        "models": ["a", "b"],
+        "base_model": "base",
+        "parameters": {"weight": 0.5, "density": 0.3, "scope": "model"},
+    },
+    "della": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
+    "della_linear": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
+    "sce": {"models": ["a", "b"], "base_model": "base", "parameters": {"select_topk": 0.3}},
 }
 
 
