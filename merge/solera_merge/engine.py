@@ -20,7 +20,7 @@ from solera_core.progress import Progress
 from solera_core.writer import CheckpointWriter
 from solera_merge.block import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Float32
 from solera_merge.drift import relative
-from solera_merge.memory import Budget, default_memory_bytes
+from solera_merge.memory import Budget, default_memory_bytes, keep_freed_memory
 from solera_merge.methods.catalogue import METHODS
 from solera_merge.plan import COPY, TensorPlan, tensor_bytes
 from solera_merge.streams import RawStream, StreamedTensor
@@ -52,6 +52,7 @@ def execute(
             the other threads stop at their next block.
         OSError: the disk is full.
     """
+    keep_freed_memory()
     stop = threading.Event()
     lock = threading.Lock()
     open_tensors = [tensor for tensor in tensors if not writer.is_done(tensor.name)]

@@ -1,14 +1,17 @@
 """How much memory a merge may take, and a gate that keeps the threads within it."""
 
+import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["Budget", "default_memory_bytes"]
+__all__ = ["Budget", "default_memory_bytes", "keep_freed_memory"]
 
 _MOST = 2 << 30
 _LEAST = 256 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT = 64 << 20
 
 
 def default_memory_bytes() -> int:
@@ -46,6 +49,19 @@ def _lines(file: Path) -> list[str]:
         return file.read_text(encoding="ascii").splitlines()
     except OSError:
         return []
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what a block's temporaries freed for the next block, instead of giving it back.
+
+    glibc gives arrays of a few hundred KB back to the system when they are freed, and every one that follows is paged in
+    anew: measured 20 ns an element of `task_arithmetic` in NumPy, against 1.7 ns. At most 64 MB a thread are kept. It
+    concerns the whole process; other C libraries have no such call and are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _KEPT)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 class Budget:

@@ -659,3 +659,30 @@ def test_sce_of_small_changes_has_coefficients(
     close = float(np.mean(np.abs(theirs - large_theirs) <= 1e-6 * np.abs(large_theirs)))
     print(f"PARITY sce {family}: mergekit's own result at two scales, within 1e-6 {close:.5f}")
     assert close < 0.95
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_sce_selects_alike_but_for_equal_variances(
+    run_mergekit: Callable[..., None], families: Any, recipe: Recipe, tmp_path: Path, stored: str
+) -> None:
+    """Where only one of the tools keeps a change, its variance is the k-th; so the coefficients differ a little too."""
+    paths = {name: families["llama", stored][f"large {name}"] for name in ("base", "a", "b", "c")}
+    content = {
+        "merge_method": "sce",
+        "base_model": paths["base"],
+        "models": [source(paths["a"]), source(paths["b"]), source(paths["c"])],
+        "parameters": {"select_topk": 0.3},
+        "dtype": "float32",
+    }
+    run_mergekit(content, tmp_path / "theirs")
+    merge(recipe(**content), tmp_path / "ours", Context())
+    theirs, ours = (open_checkpoint(tmp_path / who, Context()) for who in ("theirs", "ours"))
+    models = {name: open_checkpoint(path, Context()) for name, path in paths.items()}
+    for name in ours.tensors:
+        base = models["base"].read_flat(name)
+        deltas = np.array([models[m].read_flat(name) - base for m in "abc"], np.float64)
+        variance = deltas.var(axis=0).astype(np.float32)
+        k_th = np.sort(variance)[-max(1, int(0.3 * np.count_nonzero(variance)))]
+        changed = [out.read_flat(name) != base for out in (theirs, ours)]
+        different = changed[0] != changed[1]
+        np.testing.assert_allclose(variance[different], k_th, rtol=3e-7, err_msg=name)

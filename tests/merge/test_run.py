@@ -52,6 +52,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     "tsv_m": {"models": ["a", "b"], "base_model": "base"},
     "iso_c": {"models": ["a", "b"], "base_model": "base"},
     "iso_cts": {"models": ["a", "b"], "base_model": "base", "parameters": {"common_space_fraction": 0.5}},
+    "dare_linear": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
+    "breadcrumbs": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
+    "breadcrumbs_ties": {
+        "models": ["a", "b"],
+        "base_model": "base",
+        "parameters": {"weight": 0.5, "density": 0.3, "scope": "model"},
+    },
+    "della": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
+    "della_linear": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
+    "sce": {"models": ["a", "b"], "base_model": "base", "parameters": {"select_topk": 0.3}},
 }
 
 
