@@ -54,9 +54,9 @@ def _lines(file: Path) -> list[str]:
 def keep_freed_memory() -> None:
     """Have the C library keep what a block's temporaries freed for the next block, instead of giving it back.
 
-    glibc gives arrays of a few hundred KB back to the system when they are freed, and every one that follows is paged in
-    anew: measured 20 ns an element of `task_arithmetic` in NumPy, against 1.7 ns. At most 64 MB a thread are kept. It
-    concerns the whole process; other C libraries have no such call and are left alone.
+    glibc gives arrays of a few hundred KB back to the system when they are freed, and every one that follows is paged
+    in anew: measured 20 ns an element of `task_arithmetic` in NumPy, against 1.7 ns. At most 64 MB a thread are kept.
+    It concerns the whole process; other C libraries have no such call and are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -153,6 +153,8 @@ def cuts(tensors: Sequence[Tensor], rankings: Sequence[Ranked], value: Value | N
         rankings: any number.
         value: what is ranked by its magnitude; the deltas W_i - W_0 if None.
     """
+    from solera_merge.kernels.selection import count_words, count_words_of_bin
+
     passes = _Passes(tensors, value or _delta)
     found: dict[Ranked, list[Cut]] = {}
     sources: dict[tuple[int | None, ...], _Source] = {}
@@ -165,22 +167,20 @@ def cuts(tensors: Sequence[Tensor], rankings: Sequence[Ranked], value: Value | N
             source = sources.setdefault(ranking.places, _Source(ranking.places))
             searches.append(_Search(ranking, source))
     for source, _, _, magnitude in passes.over(list(sources.values())):
-        source.nonzero += int(np.count_nonzero(magnitude))
-        source.upper += np.bincount(magnitude >> 16, minlength=UPPER)
+        source.nonzero += magnitude.size - count_words(magnitude, source.tables)
     for search in searches:
         k = search.ranking.k
         k = k if isinstance(k, int) else k(search.source.nonzero)
         if k <= 0:
             found[search.ranking] = [KEEP_NONE] * len(tensors)
             continue
-        search.bin, above = descend(search.source.upper, k)
+        search.bin, above = descend(search.source.tables.sum(axis=0, dtype=np.int64), k)
         search.wanted = k - above
         search.source.searches.append(search)
     searches = [s for s in searches if s.ranking not in found]
     for source, _, _, magnitude in passes.over(_sources_of(searches)):
         for search in source.searches:
-            inside = magnitude[magnitude >> 16 == search.bin]
-            search.lower += np.bincount(inside & 0xFFFF, minlength=LOWER)
+            count_words_of_bin(magnitude, search.bin, search.lower)
     for search in searches:
         low, above = descend(search.lower, search.wanted)
         search.wanted -= above
@@ -211,9 +211,12 @@ def order_statistics(passes: Callable[[], Iterator[Float32]], ranks: Sequence[in
         >>> order_statistics(lambda: iter([np.float32([3, -1]), np.float32([2])]), [0, 2])
         [1.0, 3.0]
     """
-    upper = np.zeros(UPPER, np.int64)
+    from solera_merge.kernels.selection import count_words, count_words_of_bin
+
+    tables = np.zeros((4, UPPER), np.uint32)
     for magnitude in map(_magnitude, passes()):
-        upper += np.bincount(magnitude >> 16, minlength=UPPER)
+        count_words(magnitude, tables)
+    upper = tables.sum(axis=0, dtype=np.int64)
     size = int(upper.sum())
     if size == 0:
         return [0.0] * len(ranks)
@@ -221,7 +224,7 @@ def order_statistics(passes: Callable[[], Iterator[Float32]], ranks: Sequence[in
     lower = {upper_bin: np.zeros(LOWER, np.int64) for upper_bin, _ in places}
     for magnitude in map(_magnitude, passes()):
         for upper_bin, histogram in lower.items():
-            histogram += np.bincount(magnitude[magnitude >> 16 == upper_bin] & 0xFFFF, minlength=LOWER)
+            count_words_of_bin(magnitude, upper_bin, histogram)
     found: list[float] = []
     for rank, (upper_bin, above) in zip(ranks, places, strict=True):
         low, _ = descend(lower[upper_bin], size - rank - above)
@@ -230,7 +233,7 @@ def order_statistics(passes: Callable[[], Iterator[Float32]], ranks: Sequence[in
 
 
 def _magnitude(x: Float32) -> npt.NDArray[np.uint32]:
-    return x.view(np.uint32) & _MAGNITUDE
+    return np.ascontiguousarray(x).view(np.uint32) & _MAGNITUDE
 
 
 def _delta(block: Block, place: int) -> Float32:
@@ -243,7 +246,7 @@ class _Source:
     """One model (or whatever else is ranked) with the first level of its histogram."""
 
     places: tuple[int | None, ...]
-    upper: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(UPPER, np.int64))
+    tables: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros((4, UPPER), np.uint32))
     nonzero: int = 0
     searches: "list[_Search]" = field(default_factory=list["_Search"])
 

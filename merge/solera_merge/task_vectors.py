@@ -94,15 +94,15 @@ def check_window(density: float, epsilon: float) -> None:
 def row_ranks(x: Float32, width: int) -> npt.NDArray[np.int64]:
     """Place of every element among those of its row by magnitude, 0 the smallest, [n] for whole rows x [n].
 
-    Of equal magnitudes the first counts as the larger, so the ranks of a row are a permutation. A key that holds
-    magnitude and position makes the fast unstable sort exact.
+    Of equal magnitudes the first counts as the larger, so the ranks of a row are a permutation.
     """
-    magnitude = (x.view(np.uint32) & np.uint32(0x7FFFFFFF)).reshape(-1, width).astype(np.int64)
-    keys = np.sort(magnitude << 32 | np.arange(width - 1, -1, -1), axis=1)
-    order = width - 1 - (keys & 0xFFFFFFFF)  # column of the r-th smallest
-    ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order, np.broadcast_to(np.arange(width), order.shape), axis=1)
-    return ranks.reshape(-1)
+    from solera_merge.kernels.ranks import rank_rows
+
+    magnitude = np.ascontiguousarray(x).view(np.uint32) & np.uint32(0x7FFFFFFF)
+    ranks = np.empty(x.size, np.int64)
+    if x.size:
+        rank_rows(magnitude, width, ranks)
+    return ranks
 
 
 def drop_by_rank(tensor: Tensor, density: Sequence[float], epsilon: Sequence[float], *, rescale: bool) -> Sparsify:

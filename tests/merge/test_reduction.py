@@ -1,10 +1,11 @@
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 
 from solera_merge.block import CHUNK_ELEMENTS
-from solera_merge.reduction import norms_and_dot, sums_of_squares
+from solera_merge.reduction import LANES, norms_and_dot, sums_of_squares
 
 
 def test_block_size_changes_no_bit_of_the_sums(in_memory: Any) -> None:
@@ -12,6 +13,23 @@ def test_block_size_changes_no_bit_of_the_sums(in_memory: Any) -> None:
     a, b = np.random.default_rng(0).standard_normal((2, 40 * CHUNK_ELEMENTS + 5)).astype(np.float32)
     results = {norms_and_dot(in_memory([b], a, chunks * CHUNK_ELEMENTS)) for chunks in (1, 2, 3, 7, 100)}
     assert len(results) == 1
+
+
+def test_the_order_of_adding_is_as_written(in_memory: Any) -> None:
+    """32 lanes in chunks of 4096, lanes in order, chunks exactly: by hand, to the last bit."""
+    a, b = np.random.default_rng(3).standard_normal((2, 3 * CHUNK_ELEMENTS + 77)).astype(np.float32)
+    chunks: list[float] = []
+    for begin in range(0, a.size, CHUNK_ELEMENTS):
+        lanes = [0.0] * LANES
+        for j, (x, y) in enumerate(
+            zip(a[begin : begin + CHUNK_ELEMENTS], b[begin : begin + CHUNK_ELEMENTS], strict=True)
+        ):
+            lanes[j % LANES] += float(x) * float(y)
+        total = lanes[0]
+        for lane in lanes[1:]:
+            total += lane
+        chunks.append(total)
+    assert norms_and_dot(in_memory([b], a))[2] == math.fsum(chunks)
 
 
 def test_against_numpy(in_memory: Any) -> None:
