@@ -128,8 +128,8 @@ def merge_tensor(
     if tensor.method == COPY:
         _copy(tensor, checkpoints, writer, advance, block_elements)
         return
-    if _is_plain(tensor, checkpoints):
-        _merge_raw(tensor, checkpoints, writer, advance, finding, block_elements)
+    if finding is None and _is_plain(tensor, checkpoints):
+        _merge_raw(tensor, checkpoints, writer, advance, block_elements)
         return
     _merge_blocks(tensor, checkpoints, writer, advance, finding, block_elements)
 
@@ -210,7 +210,6 @@ def _merge_raw(
     checkpoints: Sequence[Checkpoint],
     writer: CheckpointWriter,
     advance: Callable[[int], None],
-    finding: Any,
     block_elements: int,
 ) -> None:
     """Through the fused twin of the formula: the same bits, sooner."""
@@ -225,7 +224,7 @@ def _merge_raw(
         drift = np.zeros(2)
         start = 0
         try:
-            formula = FUSED[tensor.method](raw, *([] if finding is None else [finding]), **keywords)
+            formula = FUSED[tensor.method](raw, **keywords)
             for block in raw.blocks():
                 start = block.start
                 if formula(block, out, code, drift):
@@ -237,7 +236,7 @@ def _merge_raw(
         except NotFiniteError:
             pass
     # Something is not finite: the readable formula meets it again and says what and where.
-    _merge_blocks(tensor, checkpoints, writer, advance, finding, block_elements, first=start)
+    _merge_blocks(tensor, checkpoints, writer, advance, None, block_elements, first=start)
 
 
 def _copy(

@@ -114,7 +114,6 @@ def task_arithmetic(_tensor: RawTensor, /, *, weight: Sequence[float], normalize
 
 def ties(
     tensor: RawTensor,
-    of_model: Sequence[Cut] | None = None,
     /,
     *,
     weight: Sequence[float],
@@ -124,9 +123,10 @@ def ties(
     scope: str,
     int8_mask: bool,
 ) -> RawFormula:
-    """As `methods.ties`."""
-    del int8_mask, scope
-    cuts = largest_deltas(tensor, density) if of_model is None else of_model
+    """As `methods.ties` for `scope: tensor`."""
+    assert scope == "tensor", "the engine takes the readable method for what a survey has found"
+    del int8_mask
+    cuts = largest_deltas(tensor, density)
     bits = np.array([cut.bits for cut in cuts], np.uint32)
     last = np.array([min(cut.last, tensor.size) for cut in cuts], np.int64)
     factors, scale = np.array(weight, np.float32), np.float32(lambda_)
