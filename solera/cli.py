@@ -1,5 +1,6 @@
 """The `solera` command. Every heavy import happens inside the command that needs it."""
 
+import errno
 import json
 import os
 import sys
@@ -17,10 +18,12 @@ __all__ = ["app", "main"]
 
 EXIT_CODES = (
     "Exit codes: 0 right, 1 a gate failed, 2 a gate was inconclusive, 3 bad input, "
-    "4 environment (disk, memory, network), 130 interrupted."
+    "4 environment (disk, memory, network), 70 a bug of solera, 130 interrupted."
 )
 
 INTERRUPTED = 130
+BUG = 70
+"""EX_SOFTWARE of sysexits.h. Not Python's own 1, which means here that a gate failed."""
 
 app = typer.Typer(
     name="solera",
@@ -411,7 +414,7 @@ def _root(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code (see EXIT_CODES); errors are one message on stderr, no traceback.
 
-    SOLERA_TRACEBACK=1 shows the traceback as well.
+    SOLERA_TRACEBACK=1 shows the traceback as well; an exception that nobody foresaw always shows it.
     """
     try:
         code = app(args=arguments, standalone_mode=False)
@@ -428,12 +431,33 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        return _fail(_os_error(e), ResourceError.exit_code)
     except MemoryError:
-        return _fail("not enough memory", ResourceError.exit_code)
+        return _fail(_NO_MEMORY, ResourceError.exit_code)
+    except Exception as e:
+        if "not enough memory" in str(e) or "can't allocate memory" in str(e):  # torch says it with a RuntimeError
+            return _fail(_NO_MEMORY, ResourceError.exit_code)
+        return _fail(
+            f"{type(e).__name__}: {e}\nThis is a bug of solera, not a mistake of yours: please report it with the "
+            "lines above and the settings that led here",
+            BUG,
+        )
+
+
+_NO_MEMORY = "not enough memory; close other programs, or choose smaller models or batches (micro_batch_tokens)"
+
+
+def _os_error(e: OSError) -> str:
+    reason = e.strerror or str(e) or type(e).__name__
+    place = f"{e.filename}: " if e.filename is not None else ""
+    if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{place}{reason}: the disk, the quota or the largest file allowed is used up; make room and run again"
+    return f"{place}{reason}"
 
 
 def _fail(message: str, code: int) -> int:
-    if os.environ.get("SOLERA_TRACEBACK"):
+    if os.environ.get("SOLERA_TRACEBACK") or code == BUG:
         import traceback
 
         traceback.print_exc()

@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,8 +29,9 @@ from solera.workers import start_stage, workers
 from solera_core.context import Context
 from solera_core.data import DataSource
 from solera_core.digest import file_sha256
-from solera_core.errors import ConfigError, SoleraError
+from solera_core.errors import ConfigError, ResourceError, SoleraError, TargetError
 from solera_core.plan import Plan
+from solera_core.staging import disk_errors
 from solera_core.version import __version__
 from solera_eval.config import EvalConfig
 
@@ -116,9 +117,11 @@ def run_recipe(recipe: Recipe, out: Path, ctx: Context, *, jobs: int = 1) -> Run
         SoleraError: the stage's own error, with the stage's name in front; earlier stages, and those that ran beside
             it, stay whole.
     """
-    (out / "keys").mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yml").write_text(yaml.safe_dump(dict(recipe.source), sort_keys=False), encoding="utf-8")
-    write_recipe_dir(out, recipe.base_dir)
+    _check_run_directory(out)
+    with disk_errors(out):
+        (out / "keys").mkdir(parents=True, exist_ok=True)
+        (out / "recipe.yml").write_text(yaml.safe_dump(dict(recipe.source), sort_keys=False), encoding="utf-8")
+        write_recipe_dir(out, recipe.base_dir)
     notes = _check_leaks(recipe)
     for note in notes:
         ctx.progress.note(note)
@@ -141,8 +144,16 @@ def run_recipe(recipe: Recipe, out: Path, ctx: Context, *, jobs: int = 1) -> Run
         "notes": notes,
         "stages": [asdict(o) | {"path": str(o.path.relative_to(out))} for o in outcome.stages],
     }
-    (out / "run.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    with disk_errors(out):
+        (out / "run.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return outcome
+
+
+def _check_run_directory(out: Path) -> None:
+    """Refuse a run directory that cannot be made, before any work."""
+    there = next(p for p in (out, *out.absolute().parents) if p.exists() or p.is_symlink())
+    if not there.is_dir():
+        raise TargetError(f"{there}: exists and is not a directory; choose another --out")
 
 
 @dataclass(frozen=True)
@@ -203,11 +214,17 @@ class _Run:
         """Record what a stage made. Raises its error, with its name."""
         started = self.running.pop(future)
         with _named(started.stage):
-            path = future.result()
+            try:
+                path = future.result()
+            except BrokenExecutor as e:
+                raise ResourceError(
+                    "its process was killed, most likely because memory ran out; run again with fewer --jobs"
+                ) from e
         seconds = round(time.monotonic() - started.at, 1)
         digest = directory_digest(path)
         record = {"key": started.key, "digest": digest, "seconds": seconds, "files": _listing(path)}
-        _key_file(self._out, started.stage.name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        with disk_errors(self._out):
+            _key_file(self._out, started.stage.name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         self._say(started.stage, f"done in {seconds:.0f} s")
         self._settle(started.stage, "made", seconds, digest)
 

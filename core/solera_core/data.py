@@ -281,10 +281,12 @@ def read_jsonl(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 where = f"{file}:{number}"
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as e:
+                except (json.JSONDecodeError, RecursionError) as e:
                     raise DataError(f"{where}: not valid JSON: {e}") from e
                 if not isinstance(row, Mapping):
                     raise DataError(f"{where}: expected an object, found {type(row).__name__}")
+                if "\\u" in line:
+                    _refuse_lone_surrogates(row, where)
                 yield where, row
     except FileNotFoundError as e:
         raise DataError(f"{file}: no such file") from e
@@ -294,17 +296,32 @@ def read_jsonl(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise DataError(f"{file}: not UTF-8: {e}") from e
 
 
+def _refuse_lone_surrogates(row: Any, where: str) -> None:
+    """JSON can write half of a surrogate pair; no tokenizer takes it, and no UTF-8 file can hold it."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        half = e.object[e.start]
+        raise DataError(
+            f"{where}: holds half of a surrogate pair ({half!r}), which is no character; the text was cut or damaged "
+            "when it was written: replace it (U+FFFD) or leave the row out"
+        ) from e
+
+
 def _json(file: Path, source: DataSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
     del source
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise DataError(f"{file}: not valid JSON: {e}") from e
+    except OSError as e:
+        raise DataError(f"{file}: cannot be read as text: {e}") from e
     if not isinstance(rows, list):
         raise DataError(f"{file}: expected a list of rows, found {type(rows).__name__}")
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise DataError(f"{file}[{number}]: expected an object, found {type(row).__name__}")
+        _refuse_lone_surrogates(row, f"{file}[{number}]")
         yield f"{file}[{number}]", row
 
 
@@ -313,6 +330,8 @@ def _plain(file: Path, source: DataSource) -> Iterator[tuple[str, Mapping[str, A
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise DataError(f"{file}: not UTF-8: {e}") from e
+    except OSError as e:
+        raise DataError(f"{file}: cannot be read as text: {e}") from e
     chunk: list[str] = []
     size, first = 0, 1
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
@@ -329,14 +348,18 @@ def _plain(file: Path, source: DataSource) -> Iterator[tuple[str, Mapping[str, A
 def _parquet(file: Path, source: DataSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
     del source
     try:
+        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as e:
         raise ConfigError(f"{file}: reading parquet needs the `data` extra: pip install 'solera[data]'") from e
     number = 0
-    for batch in pq.ParquetFile(file).iter_batches():
-        for row in batch.to_pylist():
-            yield f"{file}[{number}]", {k: v for k, v in row.items() if v is not None}
-            number += 1
+    try:
+        for batch in pq.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                yield f"{file}[{number}]", {k: v for k, v in row.items() if v is not None}
+                number += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{file}: cannot be read as parquet (row {number}): {e}") from e
 
 
 def _hub_rows(source: DataSource) -> Iterator[tuple[str, Mapping[str, Any]]]:

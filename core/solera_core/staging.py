@@ -17,7 +17,7 @@ from pathlib import Path
 
 from solera_core.errors import DiskFullError, ResourceError, TargetError
 
-__all__ = ["check_target", "fsync_tree", "require_disk", "staged"]
+__all__ = ["check_target", "disk_errors", "fsync_tree", "require_disk", "staged"]
 
 RESUME_KEY_FILE = ".resume-key"
 _FULL = {
@@ -59,6 +59,17 @@ def require_disk(directory: Path, needed_bytes: int) -> None:
             f"{directory}: needs {needed_bytes / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free on {existing}; "
             "free some space or choose an output path on another disk"
         )
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn the operating system's `no space left`, `quota exceeded` and `file too large` into DiskFullError."""
+    try:
+        yield
+    except OSError as e:
+        if (reason := _FULL.get(e.errno or 0)) is not None:
+            raise DiskFullError(f"{target}: {reason}. Make room and run again") from e
+        raise
 
 
 def fsync_tree(root: Path) -> None:

@@ -60,14 +60,15 @@ def load_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: no such file") from e
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read as text: {e}") from e
-    loader = _UniqueKeyLoader(text)
-    loader.name = str(path)
     try:
-        return loader.get_single_data()
-    except yaml.YAMLError as e:
+        loader = _UniqueKeyLoader(text)  # refuses control characters at once
+        loader.name = str(path)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: a date such as 2026-13-45
         raise ConfigError(f"{path}: not valid YAML: {e}") from e
-    finally:
-        loader.dispose()
 
 
 def parse(model: type[ModelT], data: Any, *, where: str) -> ModelT:

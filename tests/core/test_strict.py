@@ -140,3 +140,11 @@ class _Drawing(Strict):
 def test_inside_a_union_the_keys_of_the_tagged_model_are_suggested() -> None:
     with pytest.raises(ConfigError, match=r"shapes.0.square.sid: unknown key \(did you mean 'side'\?\)"):
         parse(_Drawing, {"shapes": [{"kind": "square", "sid": 2}]}, where="r.yml")
+
+
+@pytest.mark.parametrize("text", ["a: b\0c", "day: 2026-13-45", "a: [", "[" * 5000])
+def test_text_that_is_no_yaml(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "r.yml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"r\.yml: not valid YAML: "):
+        load_yaml(file)

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import solera
 from solera.cli import main
+from solera_core.errors import DiskFullError
 
 COMMAND = [sys.executable, "-m", "solera"]
 
@@ -81,6 +83,94 @@ def test_kill_at_any_moment_leaves_the_target_absent_or_whole(config: Path, tmp_
             assert main(["merge", str(config), str(out), "--overwrite", "-q"]) == 0
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith(f".killed{i}")] == []
     assert False in seen  # at least one kill came before the end
+
+
+RECIPE = {"solera": 1, "stages": {"m": {"init": {"tokenizer": {"data": "t.txt"}}}}}
+
+
+def test_a_full_disk_of_a_run_is_the_environments_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every write to /dev/full fails as on a full disk."""
+    (tmp_path / "t.txt").write_text("some words")
+    (tmp_path / "r.yml").write_text(json.dumps(RECIPE))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.yml").symlink_to("/dev/full")
+    with pytest.raises(DiskFullError, match="out: the disk filled up while writing"):
+        solera.run(tmp_path / "r.yml", tmp_path / "out")
+    assert main(["run", str(tmp_path / "r.yml"), "--out", str(tmp_path / "out"), "-q"]) == 4
+    assert "the disk filled up while writing. Make room" in capsys.readouterr().err
+
+
+def test_an_error_of_the_operating_system_is_the_environments_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it comes from; here from a command that expects none."""
+
+    def fail(kind: str) -> None:
+        (tmp_path / "full").symlink_to("/dev/full")
+        (tmp_path / "full").write_text(kind)
+
+    monkeypatch.setattr("solera.schema.schema", fail)
+    assert main(["schema", "merge"]) == 4
+    error = capsys.readouterr().err
+    assert error.startswith("solera: ")
+    assert "make room and run again" in error
+    assert "Traceback" not in error
+
+
+def test_a_bug_is_no_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Python's own exit code, 1, would say that a gate failed."""
+
+    def fail(kind: str) -> None:
+        raise TypeError("object is not iterable")
+
+    monkeypatch.setattr("solera.schema.schema", fail)
+    assert main(["schema", "merge"]) == 70
+    error = capsys.readouterr().err
+    assert "solera: TypeError: object is not iterable" in error
+    assert "bug of solera" in error
+    assert "in fail" in error  # the traceback
+
+
+@pytest.mark.parametrize(("code", "right"), [(0, True), (1, True), (2, True), (3, False), (4, False), (70, False)])
+def test_make_demo_accepts_verdicts_only(code: int, right: bool, tmp_path: Path) -> None:
+    """The real Makefile, with a `solera` that only gives an exit code."""
+    root = Path(__file__).resolve().parents[2]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "solera").write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / "bin" / "solera").chmod(0o755)
+    (tmp_path / ".solera-ready").touch()
+    done = subprocess.run(["make", "-C", root, "demo", f"VENV={tmp_path}"], capture_output=True, check=False)
+    assert (done.returncode == 0) == right
+
+
+def test_a_run_directory_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.txt").write_text("some words")
+    (tmp_path / "r.yml").write_text(json.dumps(RECIPE))
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/below"):
+        assert main(["run", str(tmp_path / "r.yml"), "--out", str(tmp_path / out), "-q"]) == 3
+        assert f"{tmp_path / 'file'}: exists and is not a directory" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "change", [{"architectures": 3}, {"architectures": "Llama"}, {"model_type": 7}, {"quantization_config": 3}]
+)
+def test_a_config_of_the_wrong_kind(
+    change: dict[str, object], siblings: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "odd"
+    shutil.copytree(siblings["a"], model)
+    content = json.loads((model / "config.json").read_text()) | change
+    (model / "config.json").write_text(json.dumps(content))
+    file = tmp_path / "m.yml"
+    models = [{"model": str(m), "parameters": {"weight": 1}} for m in (model, siblings["b"])]
+    file.write_text(json.dumps({"merge_method": "linear", "models": models}))
+    assert main(["merge", str(file), str(tmp_path / "out"), "-q"]) == 3
+    error = capsys.readouterr().err
+    assert str(model / "config.json") in error
+    assert f"`{next(iter(change))}` must be" in error
+    assert nothing_at(tmp_path / "out")
 
 
 def test_no_tokenizer(
