@@ -185,6 +185,32 @@ def test_without_a_pass_nothing_is_released(finished: Path, texts: Path, tmp_pat
     assert outcome.stages[-1].status == "held back"
 
 
+def test_a_report_names_what_was_not_measured(
+    finished: Path, texts: Path, tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    """A domain with answers only, one without any item: the run and the release end well, with a note for each."""
+    sums = write_jsonl(tmp_path / "sums.jsonl", [{"prompt": f"dd ee {i}", "answer": "ff"} for i in range(20)])
+    data = recipe_data(texts)
+    evaluation = data["stages"]["verdict"]["eval"]
+    evaluation["suites"][0]["tasks"][1] = {
+        "name": "y",
+        "kind": "generate",
+        "domain": "y",
+        "data": str(sums),
+        "max_new_tokens": 2,
+    }
+    data["report"]["specialists"]["z"] = "y"
+    del evaluation["gate"], data["stages"]["release"]["publish"]["when"]
+    again = tmp_path / "out"
+    shutil.copytree(finished, again, copy_function=shutil.copy2)
+    outcome = solera.run(data, again)
+    assert outcome.stages[-1].status == "made"
+    for page in (again / "report.html", again / "stages" / "release" / "report.html"):
+        text = page.read_text()
+        assert "y: has no text task" in text
+        assert "z: no share kept is given, for no task of seedling has this domain." in text
+
+
 def test_a_failing_stage_leaves_the_earlier_ones_whole(texts: Path, tmp_path: Path) -> None:
     data = recipe_data(texts)
     data["stages"]["blend"]["merge"]["models"][1]["model"] = "no-such-model"
