@@ -28,7 +28,7 @@ from solera_core.errors import CheckpointError, ConfigError, DataError, InputErr
 from solera_core.provenance import FILE_NAME, read_provenance, verify
 from solera_core.sidecars import PATTERNS as SIDECARS
 from solera_core.sidecars import TOKENIZER_FILES, tokenizer_files
-from solera_core.staging import staged
+from solera_core.staging import check_apart, staged
 
 if TYPE_CHECKING:
     from solera.publish import PublishConfig
@@ -169,6 +169,7 @@ def assemble(config: "PublishConfig", out: Path, ctx: Context, evidence: Evidenc
         VerificationError: the checkpoint is not what its solera.json says.
     """
     release = prepare(config, ctx, evidence)
+    check_apart(out, [release.directory])
     with staged(out, overwrite=ctx.overwrite) as staging:
         for file in release.files:
             target = staging / file.name

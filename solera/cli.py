@@ -83,7 +83,7 @@ def _stage_command(kind: str, summary: str) -> Callable[..., None]:
         threads: Threads = None,
     ) -> None:
         from solera.stages import plan_stage, read_stage, run_stage
-        from solera_core.staging import check_target
+        from solera_core.staging import check_apart, check_target
 
         parsed, base_dir = read_stage(kind, config)
         ctx = _context(
@@ -97,7 +97,10 @@ def _stage_command(kind: str, summary: str) -> Callable[..., None]:
         )
         check_target(out, overwrite=overwrite)
         if dry_run:
-            _show_plan(plan_stage(kind, parsed, ctx), as_json=as_json)
+            plan = plan_stage(kind, parsed, ctx)
+            read = [Path(row["path"]) for row in plan.reads if "path" in row]
+            check_apart(out, [path for path in read if (path / "config.json").exists()], read)
+            _show_plan(plan, as_json=as_json)
             return
         written = run_stage(kind, parsed, out, ctx)
         provenance = json.loads((written / "solera.json").read_text(encoding="utf-8"))
@@ -140,7 +143,7 @@ def evaluate_command(
     threads: Threads = None,
 ) -> None:
     """Measure a model on suites of text, multiple-choice and generation tasks, item by item."""
-    from solera_core.staging import check_target
+    from solera_core.staging import check_apart, check_target
     from solera_core.strict import parse
     from solera_eval.config import EvalConfig
     from solera_eval.run import evaluate, plan_evaluate
@@ -149,7 +152,9 @@ def evaluate_command(
     ctx = _context(Path(), seed, quiet, overwrite=overwrite, trust_remote_code=trust_remote_code, threads=threads)
     check_target(out, overwrite=overwrite)
     if dry_run:
-        _show_plan(plan_evaluate(config, ctx), as_json=as_json)
+        plan = plan_evaluate(config, ctx)
+        check_apart(out, [Path(row["path"]) for row in plan.reads])
+        _show_plan(plan, as_json=as_json)
         return
     written = evaluate(config, out, ctx)
     results = json.loads((written / "results.json").read_text(encoding="utf-8"))

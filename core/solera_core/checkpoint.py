@@ -72,6 +72,11 @@ class Checkpoint:
         """The content of config.json, a deep copy: changing it changes nothing here."""
         return copy.deepcopy(self._config)
 
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """All that it is read from: the model's directory, then those of its adapters."""
+        return (self.path, *(adapter.directory for adapter in self._adapters))
+
     def __repr__(self) -> str:
         return f"Checkpoint({self.ref!r}, {len(self.tensors)} tensors)"
 

@@ -26,6 +26,7 @@ __all__ = [
     "Encoded",
     "Messages",
     "Text",
+    "data_path",
     "domains_of",
     "encode",
     "read_documents",
@@ -100,6 +101,11 @@ class Encoded:
 
     ids: tuple[int, ...]
     targets: tuple[bool, ...]
+
+
+def data_path(source: DataSource, base_dir: Path) -> Path | None:
+    """The file or directory of a source on this machine; None for a hub dataset."""
+    return None if source.path.startswith("hub:") else base_dir / Path(source.path).expanduser()
 
 
 def read_documents(
@@ -243,10 +249,10 @@ def _messages(value: Any, where: str) -> Messages:
 
 
 def _rows(source: DataSource, base_dir: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if source.path.startswith("hub:"):
+    path = data_path(source, base_dir)
+    if path is None:
         yield from _hub_rows(source)
         return
-    path = base_dir / Path(source.path).expanduser()
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in _READERS)
         if not files:

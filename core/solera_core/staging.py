@@ -11,13 +11,13 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from solera_core.errors import DiskFullError, ResourceError, TargetError
 
-__all__ = ["check_target", "disk_errors", "fsync_tree", "require_disk", "staged"]
+__all__ = ["check_apart", "check_target", "disk_errors", "fsync_tree", "require_disk", "staged"]
 
 RESUME_KEY_FILE = ".resume-key"
 _FULL = {
@@ -25,7 +25,7 @@ _FULL = {
     errno.EDQUOT: "the disk quota was used up while writing",
     errno.EFBIG: "a file grew beyond what is allowed (see `ulimit -f`, or the limits of the file system)",
 }
-_MARKS = ("solera.json", "config.json", "results.json", "run.json")
+_MARKS = ("solera.json", "results.json", "run.json")
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -46,6 +46,22 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             f"{target}: holds none of {', '.join(_MARKS)}, so it was not made by solera; "
             "--overwrite will not replace it"
         )
+
+
+def check_apart(target: Path, models: Sequence[Path], data: Iterable[Path] = ()) -> None:
+    """Refuse a target that is, holds or lies in the directory of a model that is read, or is or holds its text.
+
+    Raises:
+        TargetError: naming both.
+    """
+    place = target.resolve()
+    for model in models:
+        if place == model.resolve() or model.resolve() in place.parents:
+            where = "is" if place == model.resolve() else "lies in"
+            raise TargetError(f"{target}: {where} the directory of the input {model}; choose another output path")
+    for source in (*models, *data):
+        if place == source.resolve() or place in source.resolve().parents:
+            raise TargetError(f"{target}: holds the input {source}, which it would replace; choose another output path")
 
 
 def require_disk(directory: Path, needed_bytes: int) -> None:

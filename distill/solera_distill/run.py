@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Final
 from solera_core.architecture import num_layers, text_config
 from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
-from solera_core.data import DataSource, read_documents
+from solera_core.data import DataSource, data_path, read_documents
 from solera_core.digest import json_digest
 from solera_core.dtypes import FLOATS, SAFETENSORS_NAME
 from solera_core.errors import CheckpointError, ConfigError, DataError, ResourceError
 from solera_core.output import InputRecord, check_output, data_record, input_record, write_provenance
 from solera_core.plan import Plan
 from solera_core.shards import find_weights, read_headers
-from solera_core.staging import RESUME_KEY_FILE, check_target, require_disk, staged
+from solera_core.staging import RESUME_KEY_FILE, check_apart, check_target, require_disk, staged
 from solera_distill.config import (
     DistillConfig,
     InitConfig,
@@ -189,6 +189,8 @@ class _Training:
                 "now; start it without `accelerate launch` or `torchrun`"
             )
         check_target(out, overwrite=self.ctx.overwrite)
+        models = [d for c in (self.student, *self.teacher_checkpoints) for d in c.directories]
+        check_apart(out, models, _files([*self.config.data, *(self.config.eval_data or ())], self.ctx.base_dir))
         require_disk(out, self.plan().disk_bytes)
         records = self.records()
         recipe = _recipe(self.config)
@@ -434,6 +436,10 @@ def _data_row(name: str, source: DataSource, base_dir: Path) -> dict[str, Any]:
     return {"what": source.path, "path": str(path), "bytes": sum(f.stat().st_size for f in files), "kind": name}
 
 
+def _files(sources: Sequence[DataSource], base_dir: Path) -> list[Path]:
+    return [path for source in sources if (path := data_path(source, base_dir)) is not None]
+
+
 def _recipe(config: TrainingConfig | InitConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", by_alias=True)
 
@@ -465,6 +471,7 @@ def init(config: InitConfig, out: Path, ctx: Context) -> Path:
     from solera_distill.tokenizer import save_tokenizer, train_tokenizer
 
     check_target(out, overwrite=ctx.overwrite)
+    check_apart(out, [], _files(config.tokenizer.data, ctx.base_dir))
     require_disk(out, plan_init(config, ctx).disk_bytes)
     wanted = config.tokenizer
     records = [data_record("tokenizer.data", s, ctx.base_dir) for s in wanted.data]

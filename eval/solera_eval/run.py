@@ -13,7 +13,7 @@ from solera_core.checkpoint import Checkpoint, locate, open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError, DataError
 from solera_core.plan import Plan
-from solera_core.staging import check_target, staged
+from solera_core.staging import check_apart, check_target, staged
 from solera_eval.config import ChoiceTask, EvalConfig, GenerateTask, TextTask
 from solera_eval.gate import check_policy, compare
 from solera_eval.records import METRIC_OF, ItemRecord, Results, TaskResult, summarise, write_results
@@ -81,6 +81,7 @@ def evaluate(config: EvalConfig, out: Path, ctx: Context) -> Path:
     """
     check_target(out, overwrite=ctx.overwrite)
     suite, models = _prepare(config, ctx)
+    check_apart(out, [directory for model in models.values() for directory in model.directories])
     tokenizers = {name: _tokenizer(model.path, ctx) for name, model in models.items()}
     with staged(out, overwrite=ctx.overwrite) as staging, _threads(ctx.threads):
         results: dict[str, Results] = {}

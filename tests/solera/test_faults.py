@@ -173,6 +173,52 @@ def test_a_config_of_the_wrong_kind(
     assert nothing_at(tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["merge", "moe", "tune", "distill", "eval"])
+def test_no_stage_replaces_its_own_input(
+    kind: str,
+    siblings: dict[str, Path],
+    tmp_path: Path,
+    write_jsonl: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not even with --overwrite and where solera made it; nor is anything written into it."""
+    models = tmp_path / "models"
+    for name in "ab":
+        shutil.copytree(siblings[name], models / name)
+        (models / name / "solera.json").write_text("{}")
+    (models / "run.json").write_text("{}")
+    text = str(write_jsonl(tmp_path / "t.jsonl", [{"text": "a few words"}]))
+    a, b = str(models / "a"), str(models / "b")
+    experts = [{"name": n, "model": m} for n, m in (("a", a), ("b", b))]
+    settings = {
+        "merge": {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 1}} for m in (a, b)]},
+        "moe": {"trunk": a, "experts": experts, "router": {"fit": "random"}},
+        "tune": {"model": a, "data": text, "tokens": 100, "sequence_tokens": 32},
+        "distill": {
+            "teachers": [{"model": b}],
+            "student": {"from": a},
+            "data": text,
+            "tokens": 100,
+            "sequence_tokens": 32,
+        },
+        "eval": {"suite": "s", "tasks": [{"name": "t", "kind": "text", "data": text}]},
+    }
+    file = tmp_path / "settings.yml"
+    file.write_text(json.dumps(settings[kind]))
+    before = {p: p.read_bytes() for p in models.rglob("*") if p.is_file()}
+    for target, message in (
+        (models / "a", "is the directory of the input"),
+        (models / "a" / "out", "lies in the directory of the input"),
+        (models, "holds the input"),
+    ):
+        wanted = ["eval", a, "--suite", str(file), "--out"] if kind == "eval" else [kind, str(file)]
+        for more in (["--overwrite"], ["--overwrite", "--dry-run"]):
+            assert main([*wanted, str(target), "-q", *more]) == 3
+            assert message in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in models.rglob("*") if p.is_file()} == before
+    assert not (models / "a" / "out").exists()
+
+
 def test_no_tokenizer(
     siblings: dict[str, Path], tmp_path: Path, write_jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
