@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from solera.preflight import check_inputs
 from solera.publish import PublishConfig
 from solera.recipe import Recipe
 from solera.recipe_dir import write_recipe_dir
@@ -29,7 +30,7 @@ from solera.workers import start_stage, workers
 from solera_core.context import Context
 from solera_core.data import DataSource
 from solera_core.digest import file_sha256
-from solera_core.errors import ConfigError, ResourceError, SoleraError, TargetError
+from solera_core.errors import ConfigError, ResourceError, SoleraError
 from solera_core.plan import Plan
 from solera_core.staging import disk_errors
 from solera_core.version import __version__
@@ -82,7 +83,13 @@ class PlannedStage:
 
 
 def plan_run(recipe: Recipe, out: Path, ctx: Context) -> list[PlannedStage]:
-    """Which stages would run, and the plan of every one whose inputs exist. Writes nothing."""
+    """Which stages would run, and the plan of every one whose inputs exist. Writes nothing.
+
+    Raises:
+        SoleraError: as `run_recipe` before its first stage.
+    """
+    check_inputs(recipe, out, ctx)
+    _check_leaks(recipe)
     planned: list[PlannedStage] = []
     made: dict[str, Path] = {}
     pending: set[str] = set()
@@ -114,15 +121,16 @@ def run_recipe(recipe: Recipe, out: Path, ctx: Context, *, jobs: int = 1) -> Run
         jobs: stages that do not read each other may run side by side, each in a process of its own.
 
     Raises:
+        ConfigError: what the recipe names is not there, or test text is trained on; nothing is written then.
         SoleraError: the stage's own error, with the stage's name in front; earlier stages, and those that ran beside
             it, stay whole.
     """
-    _check_run_directory(out)
+    check_inputs(recipe, out, ctx)
+    notes = _check_leaks(recipe)
     with disk_errors(out):
         (out / "keys").mkdir(parents=True, exist_ok=True)
         (out / "recipe.yml").write_text(yaml.safe_dump(dict(recipe.source), sort_keys=False), encoding="utf-8")
         write_recipe_dir(out, recipe.base_dir)
-    notes = _check_leaks(recipe)
     for note in notes:
         ctx.progress.note(note)
     run = _Run(recipe, out, ctx)
@@ -147,13 +155,6 @@ def run_recipe(recipe: Recipe, out: Path, ctx: Context, *, jobs: int = 1) -> Run
     with disk_errors(out):
         (out / "run.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return outcome
-
-
-def _check_run_directory(out: Path) -> None:
-    """Refuse a run directory that cannot be made, before any work."""
-    there = next(p for p in (out, *out.absolute().parents) if p.exists() or p.is_symlink())
-    if not there.is_dir():
-        raise TargetError(f"{there}: exists and is not a directory; choose another --out")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ __all__ = [
     "Encoded",
     "Messages",
     "Text",
+    "check_source",
     "data_path",
     "domains_of",
     "encode",
@@ -253,19 +254,32 @@ def _rows(source: DataSource, base_dir: Path) -> Iterator[tuple[str, Mapping[str
     if path is None:
         yield from _hub_rows(source)
         return
+    for file in _files(path):
+        yield from _READERS[file.suffix](file, source)
+
+
+def check_source(source: DataSource, *, base_dir: Path) -> None:
+    """Refuse a source whose files are not there or of no known kind; reads none, and asks no hub.
+
+    Raises:
+        DataError: naming the path.
+    """
+    path = data_path(source, base_dir)
+    if path is not None:
+        _files(path)
+
+
+def _files(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in _READERS)
         if not files:
             raise DataError(f"{path}: no {', '.join(_READERS)} files in this directory")
-    elif path.exists():
-        files = [path]
-    else:
+        return files
+    if not path.exists():
         raise DataError(f"{path}: no such file (data paths are relative to the recipe)")
-    for file in files:
-        reader = _READERS.get(file.suffix)
-        if reader is None:
-            raise DataError(f"{file}: unknown kind of file; expected {', '.join(_READERS)}")
-        yield from reader(file, source)
+    if path.suffix not in _READERS:
+        raise DataError(f"{path}: unknown kind of file; expected {', '.join(_READERS)}")
+    return [path]
 
 
 def _jsonl(file: Path, source: DataSource) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -50,7 +50,7 @@ def layers_to_keep(drop: LayerDrop, layers: int, where: str) -> int | list[int]:
     """How many layers the student keeps, or exactly which.
 
     Raises:
-        ConfigError: more than there are, or too few to keep the first and the last.
+        ConfigError: more than there are.
     """
     if drop.keep is not None:
         if drop.keep[-1] >= layers:
@@ -59,10 +59,6 @@ def layers_to_keep(drop: LayerDrop, layers: int, where: str) -> int | list[int]:
     wanted = drop.layers if drop.layers is not None else max(2, int(layers * (drop.ratio or 0.0) + 0.5))
     if wanted > layers:
         raise ConfigError(f"layer_drop.layers: {wanted} of {where}, which has only {layers} layers")
-    if wanted < min(2, layers):
-        raise ConfigError(
-            f"layer_drop.layers: {wanted} of {where}: first and last layer stay, so at least 2; or use `keep`"
-        )
     return wanted
 
 

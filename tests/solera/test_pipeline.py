@@ -213,14 +213,15 @@ def test_a_report_names_what_was_not_measured(
 
 def test_a_failing_stage_leaves_the_earlier_ones_whole(texts: Path, tmp_path: Path) -> None:
     data = recipe_data(texts)
-    data["stages"]["blend"]["merge"]["models"][1]["model"] = "no-such-model"
+    data["stages"]["y"]["tune"]["lr"] = 1e30  # diverges: nothing tells before it runs
     del data["stages"]["release"], data["stages"]["verdict"]
     del data["report"]
     out = tmp_path / "out"
-    with pytest.raises(SoleraError, match=r"stage 'blend' \(merge\): .*no-such-model"):
+    with pytest.raises(SoleraError, match=r"stage 'y' \(tune\): "):
         run_recipe(parse_recipe(data, base_dir=Path(), where="r"), out, Context())
-    assert verify(out / "stages" / "seedling") == []
-    assert not (out / "stages" / "blend").exists()
+    for name in ("seedling", "x"):
+        assert verify(out / "stages" / name) == []
+    assert not (out / "stages" / "y").exists()
     assert not list((out / "stages").glob(".*"))
 
 
@@ -268,3 +269,57 @@ def test_run_from_the_command_line(
     assert {r["domain"] for r in result["retention"]} == {"x", "y"}
     assert main(["run", str(file), "--out", str(tmp_path / "old"), "-q"]) == 0
     assert "student" in capsys.readouterr().out
+
+
+def test_everything_a_recipe_names_is_looked_up_before_anything_runs(
+    texts: Path, siblings: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Models, texts and suites of late stages, all at once, by a run and by its plan; nothing is written."""
+    data = recipe_data(texts)
+    stages = data["stages"]
+    (tmp_path / "models").mkdir()
+    shutil.copytree(siblings["a"], tmp_path / "models" / "code")
+    (tmp_path / "empty").mkdir()
+    stages["blend"]["merge"]["models"] += [
+        {"model": m, "parameters": {"weight": 1}} for m in ("heeled", "models/cod", "empty", "x+lora", "r.yml")
+    ]
+    stages["healed"]["distill"]["data"] = [str(texts / "none.jsonl")]
+    stages["student"]["distill"]["eval_data"] = str(tmp_path / "r.yml")
+    stages["verdict"]["eval"]["suites"] += [
+        "none.yml",
+        {"suite": "s", "tasks": [{"name": "t", "kind": "choice", "data": "c.jsonl"}]},
+    ]
+    file = tmp_path / "r.yml"
+    file.write_text(json.dumps(data))
+    errors = []
+    for more in ([], ["--dry-run"]):
+        assert main(["run", str(file), "--out", str(tmp_path / "out"), "-q", *more]) == 3
+        errors.append(capsys.readouterr().err)
+    for part in (
+        "stage 'blend' (merge): model 'heeled': is no stage",
+        "(did you mean 'healed'?)",
+        f"model 'models/cod': no directory {tmp_path / 'models' / 'cod'} (did you mean 'code'?)",
+        f"{tmp_path / 'empty'}: not a checkpoint",
+        "model 'lora': is no stage",
+        f"model 'r.yml': {file} is a file",
+        f"stage 'healed' (distill): {texts / 'none.jsonl'}: no such file",
+        f"stage 'student' (distill): {file}: unknown kind of file",
+        f"stage 'verdict' (eval): {tmp_path / 'none.yml'}: no such file",
+        f"{tmp_path / 'c.jsonl'}: no such file",
+    ):
+        assert part in errors[0], part
+    assert errors[0] == errors[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_does_not_write_into_a_model(
+    texts: Path, siblings: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = recipe_data(texts)
+    shutil.copytree(siblings["a"], tmp_path / "base")
+    data["stages"]["x"]["tune"]["model"] = "base"
+    (tmp_path / "r.yml").write_text(json.dumps(data))
+    before = sorted((tmp_path / "base").iterdir())
+    assert main(["run", str(tmp_path / "r.yml"), "--out", str(tmp_path / "base"), "-q"]) == 3
+    assert "lies in the directory of the input" in capsys.readouterr().err
+    assert sorted((tmp_path / "base").iterdir()) == before
