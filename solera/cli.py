@@ -153,7 +153,7 @@ def evaluate_command(
     check_target(out, overwrite=overwrite)
     if dry_run:
         plan = plan_evaluate(config, ctx)
-        check_apart(out, [Path(row["path"]) for row in plan.reads])
+        check_apart(out, [Path(row["path"]) for row in plan.reads if row["kind"] == "model"])
         _show_plan(plan, as_json=as_json)
         return
     written = evaluate(config, out, ctx)
@@ -261,8 +261,10 @@ def _run(recipe: Any, out: Path, ctx: Context, *, dry_run: bool, as_json: bool, 
 
     if dry_run:
         from solera.console import print_run_plan
+        from solera.planning import total
 
         planned = plan_run(recipe, out, ctx)
+        needed = total({p.name: p.plan for p in planned if p.status != "cached"})
         if as_json:
             stages = [
                 {
@@ -270,13 +272,13 @@ def _run(recipe: Any, out: Path, ctx: Context, *, dry_run: bool, as_json: bool, 
                     "kind": p.kind,
                     "inputs": p.inputs,
                     "status": p.status,
-                    "plan": p.plan and p.plan.to_json(),
+                    "plan": p.plan.to_json(),
                 }
                 for p in planned
             ]
-            print(json.dumps({"out": str(out), "stages": stages}, indent=2))  # noqa: T201
+            print(json.dumps({"out": str(out), "stages": stages, "total": needed}, indent=2))  # noqa: T201
         else:
-            print_run_plan(planned, out)
+            print_run_plan(planned, needed, out)
         return
     outcome = run_recipe(recipe, out, ctx, jobs=jobs)
     from solera.summary import summarise

@@ -21,11 +21,12 @@ from typing import Any
 
 import yaml
 
+from solera.planning import plan_stages
 from solera.preflight import check_inputs
 from solera.publish import PublishConfig
 from solera.recipe import Recipe
 from solera.recipe_dir import write_recipe_dir
-from solera.stages import Stage, plan_stage
+from solera.stages import Stage
 from solera.workers import start_stage, workers
 from solera_core.context import Context
 from solera_core.data import DataSource
@@ -73,42 +74,35 @@ class RunOutcome:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """What a stage would do; `plan` is None while an input does not exist yet."""
+    """What a stage would do. Sizes of models that are not made yet are those that their own plans give."""
 
     name: str
     kind: str
     inputs: tuple[str, ...]
     status: str  # cached | run | run (inputs not made yet)
-    plan: Plan | None
+    plan: Plan
 
 
 def plan_run(recipe: Recipe, out: Path, ctx: Context) -> list[PlannedStage]:
-    """Which stages would run, and the plan of every one whose inputs exist. Writes nothing.
+    """Which stages would run, and the plan of every one. Writes nothing.
 
     Raises:
         SoleraError: as `run_recipe` before its first stage.
     """
     check_inputs(recipe, out, ctx)
     _check_leaks(recipe)
-    planned: list[PlannedStage] = []
     made: dict[str, Path] = {}
-    pending: set[str] = set()
+    status: dict[str, str] = {}
     for stage in recipe.stages:
-        inputs = recipe.inputs(stage)
-        here = _stage_context(recipe, ctx, made)
-        if pending & set(inputs):
-            pending.add(stage.name)
-            planned.append(PlannedStage(stage.name, stage.kind, inputs, "run (inputs not made yet)", None))
-            continue
-        path = out / "stages" / stage.name
-        if _current(stage, out, _key(stage, here)) is not None:
-            made[stage.name] = path
-            planned.append(PlannedStage(stage.name, stage.kind, inputs, "cached", None))
-            continue
-        pending.add(stage.name)
-        plan = None if stage.kind == "publish" else plan_stage(stage.kind, stage.config, here)
-        planned.append(PlannedStage(stage.name, stage.kind, inputs, "run", plan))
-    return planned
+        if any(name not in made for name in recipe.inputs(stage)):
+            status[stage.name] = "run (inputs not made yet)"
+        elif _current(stage, out, _key(stage, _stage_context(recipe, ctx, made))) is not None:
+            made[stage.name] = out / "stages" / stage.name
+            status[stage.name] = "cached"
+        else:
+            status[stage.name] = "run"
+    plans = plan_stages(recipe, out, ctx, made=made)
+    return [PlannedStage(s.name, s.kind, recipe.inputs(s), status[s.name], plans[s.name]) for s in recipe.stages]
 
 
 def run_recipe(recipe: Recipe, out: Path, ctx: Context, *, jobs: int = 1) -> RunOutcome:
@@ -127,6 +121,8 @@ def run_recipe(recipe: Recipe, out: Path, ctx: Context, *, jobs: int = 1) -> Run
     """
     check_inputs(recipe, out, ctx)
     notes = _check_leaks(recipe)
+    if not all(_key_file(out, stage.name).exists() for stage in recipe.stages):
+        plan_stages(recipe, out, ctx)  # refuses now what would be refused after hours
     with disk_errors(out):
         (out / "keys").mkdir(parents=True, exist_ok=True)
         (out / "recipe.yml").write_text(yaml.safe_dump(dict(recipe.source), sort_keys=False), encoding="utf-8")

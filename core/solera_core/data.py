@@ -30,6 +30,7 @@ __all__ = [
     "data_path",
     "domains_of",
     "encode",
+    "path_bytes",
     "read_documents",
     "read_jsonl",
 ]
@@ -107,6 +108,12 @@ class Encoded:
 def data_path(source: DataSource, base_dir: Path) -> Path | None:
     """The file or directory of a source on this machine; None for a hub dataset."""
     return None if source.path.startswith("hub:") else base_dir / Path(source.path).expanduser()
+
+
+def path_bytes(path: Path) -> int:
+    """Size of a file, or of all files in a folder."""
+    files = [p for p in path.iterdir() if p.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def read_documents(

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from solera_core.architecture import num_layers, text_config
+from solera_core.architecture import layer_of, num_layers, text_config
 from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
 from solera_core.data import DataSource, data_path, read_documents
@@ -113,10 +113,11 @@ class _Training:
         sources = [("data", s) for s in config.data] + [("eval_data", s) for s in config.eval_data or ()]
         reads = [_model_row(self.student)] + [_model_row(c) for c in self.teacher_checkpoints]
         reads += [_data_row(name, s, self.ctx.base_dir) for name, s in sources]
-        size = sum(t.size for t in self.student.tensors.values())
         layers = num_layers(self.student.config) or 1
         kept = self.keep if isinstance(self.keep, int) else len(self.keep or range(layers))
-        parameters = round(size * kept / layers)
+        tensors = self.student.tensors.items()
+        parameters = sum(t.size for name, t in tensors if layer_of(name) is None)
+        parameters += round(sum(t.size for name, t in tensors if layer_of(name) is not None) * kept / layers)
         out_bytes = parameters * (4 if self.dtype == "float32" else 2)
         state_bytes = parameters * 12
         taught = {c.path: c for c in self.teacher_checkpoints}.values() if self.objective.kl else ()

@@ -17,7 +17,7 @@ from solera_core.output import write_metadata
 from solera_core.writer import CheckpointWriter, TensorSpec
 from solera_distill.config import LayerDrop
 
-__all__ = ["choose_layers", "layers_to_keep", "shortened_config", "write_layers"]
+__all__ = ["choose_layers", "layers_to_keep", "renumbered", "shortened_config", "write_layers"]
 
 _BLOCK: Final = 1 << 22  # elements copied at a time
 
@@ -145,7 +145,7 @@ def write_layers(checkpoint: Checkpoint, keep: Sequence[int] | None, directory: 
                 f"{checkpoint.ref}: its tensors name layers {sorted(found)} in {sorted(stacks) or 'no stack'}, not 0 "
                 f"to {(num_layers(checkpoint.config) or 0) - 1} in one; layer_drop cannot shorten it"
             )
-        names = {name: new for name in names if (new := _renumbered(name, keep)) is not None}
+        names = {name: new for name in names if (new := renumbered(name, keep)) is not None}
     specs = [
         TensorSpec(new, checkpoint.tensors[old].dtype, checkpoint.tensors[old].shape) for old, new in names.items()
     ]
@@ -163,8 +163,8 @@ def write_layers(checkpoint: Checkpoint, keep: Sequence[int] | None, directory: 
     write_metadata(directory, config=config, sidecars=checkpoint.sidecars)
 
 
-def _renumbered(name: str, keep: Sequence[int]) -> str | None:
-    """The name in the shortened model; None when its layer is left out."""
+def renumbered(name: str, keep: Sequence[int]) -> str | None:
+    """The name of a tensor in the model with the layers `keep` only; None when its layer is left out."""
     layer = layer_of(name)
     if layer is None:
         return name

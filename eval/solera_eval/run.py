@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from solera_core.checkpoint import Checkpoint, locate, open_checkpoint
 from solera_core.context import Context
+from solera_core.data import path_bytes
 from solera_core.errors import CheckpointError, DataError
 from solera_core.plan import Plan
 from solera_core.staging import check_apart, check_target, staged
@@ -47,7 +48,10 @@ def plan_evaluate(config: EvalConfig, ctx: Context) -> Plan:
     writes += [{"what": name, "bytes": _DOCUMENT_BYTES} for name in _tops(config)]
     return Plan(
         stage="eval",
-        reads=[{"what": model.ref, "path": str(model.path), "bytes": sizes[name]} for name, model in models.items()],
+        reads=[
+            *({"what": m.ref, "path": str(m.path), "bytes": sizes[n], "kind": "model"} for n, m in models.items()),
+            *(_data_row(task) for task in suite.tasks),
+        ],
         writes=writes,
         memory_bytes=elements * _DTYPE_BYTES[config.dtype] + _ACTIVATIONS_BYTES,
         disk_bytes=len(folders) * sum(sizes_of.values()) + len(_tops(config)) * _DOCUMENT_BYTES,
@@ -129,6 +133,12 @@ def _tokenizer(path: Path, ctx: Context) -> Any:
     tokenizer: Any = load_tokenizer(path, trust_remote_code=ctx.trust_remote_code)
     tokenizer.model_max_length = sys.maxsize  # long texts are cut into windows here: its warning would mislead
     return tokenizer
+
+
+def _data_row(task: LoadedTask) -> dict[str, Any]:
+    given = task.config.data
+    where = str(task.path or given)
+    return {"what": f"task {task.name}", "path": where, "bytes": task.path and path_bytes(task.path), "kind": "data"}
 
 
 def _tops(config: EvalConfig) -> list[str]:

@@ -323,3 +323,53 @@ def test_a_run_does_not_write_into_a_model(
     assert main(["run", str(tmp_path / "r.yml"), "--out", str(tmp_path / "base"), "-q"]) == 3
     assert "lies in the directory of the input" in capsys.readouterr().err
     assert sorted((tmp_path / "base").iterdir()) == before
+
+
+def test_the_plan_of_a_whole_recipe_before_anything_is_made(
+    finished: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every stage has its plan, and the sizes planned from nothing are those of what the run then wrote."""
+    file = tmp_path / "r.yml"
+    file.write_text(json.dumps(recipe_data(texts)))
+    out = tmp_path / "out"
+    assert main(["run", str(file), "--out", str(out), "--dry-run", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert not out.exists()
+    plans = {stage["name"]: stage["plan"] for stage in shown["stages"]}
+    for name in ("seedling", "x", "y", "blend", "moe", "healed", "student"):
+        weights = sum(w["bytes"] for w in plans[name]["writes"] if w["what"].startswith(("weights", "model")))
+        stored = json.loads((finished / "stages" / name / "solera.json").read_text())["checks"]["bytes"]
+        assert weights == pytest.approx(stored, abs=6000), name  # headers are not counted everywhere
+    assert plans["x"]["parameters"]["lr"] == 3e-3
+    assert plans["x"]["parameters"]["schedule"] == "cosine"  # a default
+    assert plans["release"]["parameters"]["when"] == "verdict"
+    reads = {row["what"]: row for row in plans["verdict"]["reads"]}
+    assert reads["student"]["path"] == str(out / "stages" / "student")
+    assert reads["task x"]["bytes"] == (texts / "x-test.jsonl").stat().st_size
+    assert {row["bytes"] for row in plans["healed"]["reads"] if row["kind"] == "data"} == {
+        (texts / f"{d}-train.jsonl").stat().st_size for d in "xy"
+    }
+    assert "solera-plan-" not in json.dumps(shown)
+    total = shown["total"]
+    assert total["unknown"] == []
+    assert total["disk_bytes"] == sum(plan["disk_bytes"] for plan in plans.values())
+    assert total["memory_bytes"] == max(plan["memory_bytes"] for plan in plans.values())
+    assert main(["run", str(file), "--out", str(out), "--dry-run"]) == 0
+    assert "all that will run: memory at most" in capsys.readouterr().out
+
+
+def test_what_a_late_stage_would_refuse_is_refused_before_the_first_runs(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found from the headers that the earlier stages will write: all of it at once, by a run and by its plan."""
+    data = recipe_data(texts)
+    start = {"from": "blend", "layer_drop": {"layers": 3}}
+    data["stages"]["deep"] = {"distill": data["stages"]["healed"]["distill"] | {"student": start}}
+    data["stages"]["moe"]["moe"]["router"]["tokens_per_domain"] = 3
+    (tmp_path / "r.yml").write_text(json.dumps(data))
+    for more in ([], ["--dry-run"]):
+        assert main(["run", str(tmp_path / "r.yml"), "--out", str(tmp_path / "out"), "-q", *more]) == 3
+        error = capsys.readouterr().err
+        assert "stage 'deep' (distill): layer_drop.layers: 3 of blend, which has only 2 layers" in error
+        assert "stage 'moe' (moe): router.tokens_per_domain: 3 is too little" in error
+        assert not (tmp_path / "out").exists()
