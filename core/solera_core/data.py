@@ -10,7 +10,8 @@ file name and sharding never matter for pairing, caching or leak checks.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,11 @@ def read_documents(
     documents: list[Document] = []
     for source in [sources] if isinstance(sources, DataSource) else sources:
         found: list[Document] = []
-        for where, row in _rows(source, base_dir):
-            found.append(_document(row, source, where))
-            if source.limit is not None and len(found) >= source.skip + source.limit:
-                break
+        with closing(_rows(source, base_dir)) as rows:  # an error would keep the file open while it is handled
+            for where, row in rows:
+                found.append(_document(row, source, where))
+                if source.limit is not None and len(found) >= source.skip + source.limit:
+                    break
         found = found[source.skip :]
         if not found:
             raise DataError(f"{source.path}: no documents{f' after skipping {source.skip}' if source.skip else ''}")
@@ -256,7 +258,7 @@ def _messages(value: Any, where: str) -> Messages:
     return Messages(tuple(turns))
 
 
-def _rows(source: DataSource, base_dir: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _rows(source: DataSource, base_dir: Path) -> Generator[tuple[str, Mapping[str, Any]], None, None]:
     path = data_path(source, base_dir)
     if path is None:
         yield from _hub_rows(source)

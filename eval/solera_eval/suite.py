@@ -139,7 +139,8 @@ def load_suite(config: SuiteConfig, *, base_dir: Path) -> Suite:
         else:
             path = base_dir / Path(task.data).expanduser()
             read = _choice if isinstance(task, ChoiceTask) else _generate
-            items = [read(row, where) for where, row in _rows(path, task.limit)]
+            rows = list(_rows(path, task.limit))  # all, so that an error in one leaves no file open
+            items = [read(row, where) for where, row in rows]
         if not items:
             raise DataError(f"task {task.name!r}: no items in {task.data}")
         tasks.append(LoadedTask(task, tuple(_numbered(items, task.name)), path))
