@@ -171,15 +171,23 @@ def gate_command(
     baseline: Annotated[Path, typer.Option("--baseline", help="Results directory of the model to hold up to.")],
     candidate: Annotated[Path, typer.Option("--candidate", help="Results directory of the model in question.")],
     policy: Annotated[Path | None, typer.Option("--policy", help="Policy file: margins, confidence, tiers.")] = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Decide PASS (0), FAIL (1) or INCONCLUSIVE (2): is the candidate not worse by more than the margin?"""
     from solera_core.strict import load_yaml, parse
     from solera_eval.config import GatePolicy
     from solera_eval.gate import gate
 
-    settings = load_yaml(policy) if policy else {}
-    verdict = gate(baseline, candidate, parse(GatePolicy, settings, where=str(policy or "policy")))
+    del quiet  # nothing here takes long enough to speak of
+    settings = parse(GatePolicy, load_yaml(policy) if policy else {}, where=str(policy or "policy"))
+    if dry_run:
+        from solera.read_plans import plan_gate
+
+        _show_plan(plan_gate(baseline, candidate, settings), as_json=as_json)
+        return
+    verdict = gate(baseline, candidate, settings)
     data = verdict.to_json()
     lines = [f"{t['name']:<24} {t['verdict']:<13} {_margin_line(t)}" for t in data["tasks"]]
     _emit(data, as_json=as_json, text="\n".join([*lines, *data["reasons"], data["verdict"]]))
@@ -325,14 +333,22 @@ def demo_command(
 @app.command("inspect")
 def inspect_command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.", show_default=False)],
+    dry_run: DryRun = False,
     as_json: Json = False,
+    quiet: Quiet = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
     """What a checkpoint is: family, sizes, tensors, tokenizer, licence, where it came from."""
     from solera_core.checkpoint import open_checkpoint
     from solera_core.inspect import describe
 
-    facts = describe(open_checkpoint(model, _context(Path(), None, True, allow_pickle=allow_pickle)))
+    ctx = _context(Path(), None, quiet, allow_pickle=allow_pickle)
+    if dry_run:
+        from solera.read_plans import plan_inspect
+
+        _show_plan(plan_inspect(model, ctx), as_json=as_json)
+        return
+    facts = describe(open_checkpoint(model, ctx))
     width = max(len(k) for k in facts)
     _emit(
         facts, as_json=as_json, text="\n".join(f"{k:<{width}}  {_short(v)}" for k, v in facts.items() if v is not None)
@@ -351,13 +367,20 @@ def _short(value: Any) -> str:
 def diff_command(
     a: Annotated[str, typer.Argument(help="One checkpoint.", show_default=False)],
     b: Annotated[str, typer.Argument(help="The other.", show_default=False)],
+    dry_run: DryRun = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """How two checkpoints differ, tensor by tensor: relative change, cosine, largest difference."""
     from solera_core.checkpoint import open_checkpoint
     from solera_core.diff import diff
 
-    ctx = _context(Path(), None, True)
+    ctx = _context(Path(), None, quiet)
+    if dry_run:
+        from solera.read_plans import plan_diff
+
+        _show_plan(plan_diff(a, b, ctx), as_json=as_json)
+        return
     rows = diff(open_checkpoint(a, ctx), open_checkpoint(b, ctx))
     if as_json:
         print(json.dumps({"a": a, "b": b, "tensors": rows}, indent=2))  # noqa: T201
@@ -373,6 +396,7 @@ def verify_command(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Make it again from its recipe and compare the bytes.")
     ] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -381,9 +405,15 @@ def verify_command(
     from solera_core.errors import VerificationError
     from solera_core.provenance import verify
 
+    ctx = _context(Path(), None, quiet)
+    if dry_run:
+        from solera.read_plans import plan_verify
+
+        _show_plan(plan_verify(directory, ctx, rebuild=rebuild), as_json=as_json)
+        return
     problems = verify(directory)
     if rebuild and not problems:
-        problems = rebuild_problems(directory, _context(Path(), None, quiet))
+        problems = rebuild_problems(directory, ctx)
     if problems:
         if as_json:
             print(json.dumps({"directory": str(directory), "whole": False, "problems": problems}, indent=2))  # noqa: T201
@@ -399,10 +429,13 @@ def verify_command(
 @app.command("schema")
 def schema_command(
     kind: Annotated[str, typer.Argument(help="recipe, suite, policy, or a kind of stage.")] = "recipe",
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """JSON Schema of a settings file, for editors and agents."""
+    """JSON Schema of a settings file, for editors and agents; always JSON on stdout."""
     from solera.schema import schema
 
+    del as_json, quiet
     print(json.dumps(schema(kind), indent=2))  # noqa: T201
 
 

@@ -3,17 +3,19 @@
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from solera.recipe_dir import read_recipe_dir
-from solera.stages import KINDS, run_stage, stage_config
+from solera.stages import KINDS, plan_stage, run_stage, stage_config
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.digest import file_sha256
 from solera_core.errors import CheckpointError
+from solera_core.plan import Plan
 from solera_core.provenance import read_provenance
-from solera_core.strict import parse
+from solera_core.strict import Strict, parse
 
-__all__ = ["rebuild_problems"]
+__all__ = ["plan_rebuild", "rebuild_problems"]
 
 
 def rebuild_problems(directory: Path, ctx: Context) -> list[str]:
@@ -25,6 +27,32 @@ def rebuild_problems(directory: Path, ctx: Context) -> list[str]:
     Raises:
         CheckpointError: no provenance, or an input cannot be found.
     """
+    record, config, here = _prepare(directory, ctx)
+    problems: list[str] = []
+    for item in record["inputs"]:
+        if item["digest"].startswith("blake3:"):
+            now = open_checkpoint(item["ref"], here).digest()
+            if now != item["digest"]:
+                problems.append(f"input {item['ref']} has changed: {item['digest'][:23]}... then, {now[:23]}... now")
+    if problems:
+        return problems
+    with tempfile.TemporaryDirectory(prefix="solera-rebuild-") as scratch:
+        again = run_stage(record["kind"], config, Path(scratch) / "again", here)
+        return _differences(directory, again)
+
+
+def plan_rebuild(directory: Path, ctx: Context) -> Plan:
+    """What making `directory` again would read, write and need.
+
+    Raises:
+        CheckpointError: no provenance, or an input cannot be found.
+    """
+    record, config, here = _prepare(directory, ctx)
+    return plan_stage(record["kind"], config, here)
+
+
+def _prepare(directory: Path, ctx: Context) -> tuple[dict[str, Any], Strict, Context]:
+    """The record, the settings in it, and the surroundings in which their references resolve as they did."""
     record = read_provenance(directory)
     kind = record["kind"]
     if kind not in KINDS:
@@ -37,18 +65,7 @@ def rebuild_problems(directory: Path, ctx: Context) -> list[str]:
     here = replace(
         ctx, seed=record["seed"], models={**siblings, **ctx.models}, base_dir=read_recipe_dir(directory) or ctx.base_dir
     )
-    problems: list[str] = []
-    for item in record["inputs"]:
-        if item["digest"].startswith("blake3:"):
-            now = open_checkpoint(item["ref"], here).digest()
-            if now != item["digest"]:
-                problems.append(f"input {item['ref']} has changed: {item['digest'][:23]}... then, {now[:23]}... now")
-    if problems:
-        return problems
-    config = parse(stage_config(kind), record["recipe"], where=f"{directory}/solera.json: recipe")
-    with tempfile.TemporaryDirectory(prefix="solera-rebuild-") as scratch:
-        again = run_stage(kind, config, Path(scratch) / "again", here)
-        return _differences(directory, again)
+    return record, parse(stage_config(kind), record["recipe"], where=f"{directory}/solera.json: recipe"), here
 
 
 def _differences(a: Path, b: Path) -> list[str]:
