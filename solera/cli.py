@@ -261,33 +261,32 @@ def run_command(
     ctx = _context(
         recipe.parent, seed, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, threads=threads
     )
-    _run(loaded, run_dir, ctx, dry_run=dry_run, as_json=as_json, jobs=jobs)
-
-
-def _run(recipe: Any, out: Path, ctx: Context, *, dry_run: bool, as_json: bool, jobs: int) -> None:
-    from solera.pipeline import plan_run, run_recipe
-
     if dry_run:
-        from solera.console import print_run_plan
-        from solera.planning import total
+        from solera.pipeline import plan_run
 
-        planned = plan_run(recipe, out, ctx)
-        needed = total({p.name: p.plan for p in planned if p.status != "cached"})
-        if as_json:
-            stages = [
-                {
-                    "name": p.name,
-                    "kind": p.kind,
-                    "inputs": p.inputs,
-                    "status": p.status,
-                    "plan": p.plan.to_json(),
-                }
-                for p in planned
-            ]
-            print(json.dumps({"out": str(out), "stages": stages, "total": needed}, indent=2))  # noqa: T201
-        else:
-            print_run_plan(planned, needed, out)
+        _show_run_plan(plan_run(loaded, run_dir, ctx), run_dir, as_json=as_json)
         return
+    _run(loaded, run_dir, ctx, as_json=as_json, jobs=jobs)
+
+
+def _show_run_plan(planned: list[Any], out: Path, *, as_json: bool) -> None:
+    from solera.console import print_run_plan
+    from solera.planning import total
+
+    needed = total({p.name: p.plan for p in planned if p.status != "cached"})
+    if as_json:
+        stages = [
+            {"name": p.name, "kind": p.kind, "inputs": p.inputs, "status": p.status, "plan": p.plan.to_json()}
+            for p in planned
+        ]
+        print(json.dumps({"out": str(out), "stages": stages, "total": needed}, indent=2))  # noqa: T201
+    else:
+        print_run_plan(planned, needed, out)
+
+
+def _run(recipe: Any, out: Path, ctx: Context, *, as_json: bool, jobs: int) -> None:
+    from solera.pipeline import run_recipe
+
     outcome = run_recipe(recipe, out, ctx, jobs=jobs)
     from solera.summary import summarise
 
@@ -324,10 +323,13 @@ def demo_command(
     jobs: Jobs = 2,
 ) -> None:
     """The main job on a laptop, offline: three specialists, their blends, a healed mixture, a student, the verdict."""
-    from solera.demo import demo_recipe
+    from solera.demo import demo_recipe, plan_demo
 
     ctx = _context(Path(), None, quiet, threads=threads)
-    _run(demo_recipe(out, seed=seed), out, ctx, dry_run=dry_run, as_json=as_json, jobs=jobs)
+    if dry_run:
+        _show_run_plan(plan_demo(out, ctx, seed=seed), out, as_json=as_json)
+        return
+    _run(demo_recipe(out, seed=seed), out, ctx, as_json=as_json, jobs=jobs)
 
 
 @app.command("inspect")

@@ -1,6 +1,5 @@
 """The plan of every stage of a recipe, also of those whose inputs other stages have yet to make."""
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -53,7 +52,7 @@ def plan_stages(recipe: Recipe, out: Path, ctx: Context, *, made: Mapping[str, P
                 errors.append(type(e)(f"stage {stage.name!r} ({stage.kind}): {text}"))
                 continue
             known[stage.name] = made.get(stage.name, Path(scratch) / stage.name)
-            plans[stage.name] = Plan(**json.loads(json.dumps(plan.to_json()).replace(scratch, str(stages))))
+            plans[stage.name] = plan.renamed(scratch, str(stages))
     if errors:
         first = next((e for e in errors if isinstance(e, ResourceError)), errors[0])
         if len(errors) == 1 or isinstance(first, ResourceError):

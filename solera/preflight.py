@@ -20,7 +20,7 @@ from solera_core.strict import did_you_mean
 from solera_eval.config import EvalConfig
 from solera_eval.suite import load_suites
 
-__all__ = ["check_inputs"]
+__all__ = ["check_inputs", "check_run_directory"]
 
 
 def check_inputs(recipe: Recipe, out: Path, ctx: Context) -> None:
@@ -30,9 +30,7 @@ def check_inputs(recipe: Recipe, out: Path, ctx: Context) -> None:
         TargetError: the run directory cannot be made, or is the directory of a model that is read.
         ConfigError: one line for every model, text or suite that is not there or not what it should be.
     """
-    there = next(p for p in (out, *out.absolute().parents) if p.exists() or p.is_symlink())
-    if not there.is_dir():
-        raise TargetError(f"{there}: exists and is not a directory; choose another --out")
+    check_run_directory(out)
     # Where the stages will write: a name is enough to tell a reference to a stage from all others.
     here = replace(ctx, base_dir=recipe.base_dir, models={s.name: out / "stages" / s.name for s in recipe.stages})
     problems: list[str] = []
@@ -46,6 +44,13 @@ def check_inputs(recipe: Recipe, out: Path, ctx: Context) -> None:
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     check_apart(out / "recipe.yml", [path for path in given if path.is_dir()])
+
+
+def check_run_directory(out: Path) -> None:
+    """Refuse a run directory that cannot be made. Raises TargetError."""
+    there = next(p for p in (out, *out.absolute().parents) if p.exists() or p.is_symlink())
+    if not there.is_dir():
+        raise TargetError(f"{there}: exists and is not a directory; choose another --out")
 
 
 def _at(stage: Stage, problems: Iterator[str]) -> Iterator[str]:

@@ -253,3 +253,23 @@ def test_code_in_a_checkpoint_does_not_run(
     assert "modeling.Evil" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
     assert nothing_at(tmp_path / "out")
+
+
+def test_a_dry_run_of_the_demo_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--dry-run", "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    (seedling,) = (s for s in json.loads(shown)["stages"] if s["name"] == "seedling")
+    assert str(out / "data" / "code-train.jsonl") in json.dumps(seedling["plan"]["reads"])
+    assert "solera-demo-" not in shown
+
+
+def test_a_demo_into_a_file_or_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(["demo", "--out", str(tmp_path / "file"), "-q"]) == 3
+    assert "exists and is not a directory" in capsys.readouterr().err
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "demo.yml").symlink_to("/dev/full")
+    assert main(["demo", "--out", str(tmp_path / "demo"), "-q"]) == 4
+    assert "the disk filled up while writing" in capsys.readouterr().err
