@@ -139,6 +139,7 @@ def evaluate_command(
     seed: Seed = None,
     quiet: Quiet = False,
     overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     threads: Threads = None,
 ) -> None:
@@ -149,7 +150,15 @@ def evaluate_command(
     from solera_eval.run import evaluate, plan_evaluate
 
     config = parse(EvalConfig, {"model": model, "suites": [str(s) for s in suite]}, where="eval")
-    ctx = _context(Path(), seed, quiet, overwrite=overwrite, trust_remote_code=trust_remote_code, threads=threads)
+    ctx = _context(
+        Path(),
+        seed,
+        quiet,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        threads=threads,
+    )
     check_target(out, overwrite=overwrite)
     if dry_run:
         plan = plan_evaluate(config, ctx)
@@ -339,12 +348,13 @@ def inspect_command(
     as_json: Json = False,
     quiet: Quiet = False,
     allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """What a checkpoint is: family, sizes, tensors, tokenizer, licence, where it came from."""
     from solera_core.checkpoint import open_checkpoint
     from solera_core.inspect import describe
 
-    ctx = _context(Path(), None, quiet, allow_pickle=allow_pickle)
+    ctx = _context(Path(), None, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     if dry_run:
         from solera.read_plans import plan_inspect
 
@@ -372,12 +382,14 @@ def diff_command(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """How two checkpoints differ, tensor by tensor: relative change, cosine, largest difference."""
     from solera_core.checkpoint import open_checkpoint
     from solera_core.diff import diff
 
-    ctx = _context(Path(), None, quiet)
+    ctx = _context(Path(), None, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     if dry_run:
         from solera.read_plans import plan_diff
 
@@ -401,13 +413,15 @@ def verify_command(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check every file and tensor against the digests in solera.json."""
     from solera.rebuild import rebuild_problems
     from solera_core.errors import VerificationError
     from solera_core.provenance import verify
 
-    ctx = _context(Path(), None, quiet)
+    ctx = _context(Path(), None, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     if dry_run:
         from solera.read_plans import plan_verify
 

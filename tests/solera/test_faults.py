@@ -273,3 +273,43 @@ def test_a_demo_into_a_file_or_a_full_disk(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "demo" / "demo.yml").symlink_to("/dev/full")
     assert main(["demo", "--out", str(tmp_path / "demo"), "-q"]) == 4
     assert "the disk filled up while writing" in capsys.readouterr().err
+
+
+def test_every_command_that_recommends_allow_pickle_takes_it(
+    siblings: dict[str, Path], tmp_path: Path, write_jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    pickled = tmp_path / "pickled"
+    shutil.copytree(siblings["a"], pickled)
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    text = str(write_jsonl(tmp_path / "t.jsonl", [{"text": "a few words"}]))
+    suite, merging = tmp_path / "suite.yml", tmp_path / "m.yml"
+    suite.write_text(json.dumps({"suite": "s", "tasks": [{"name": "t", "kind": "text", "data": text}]}))
+    models = [{"model": str(m), "parameters": {"weight": 1}} for m in (pickled, siblings["b"])]
+    merging.write_text(json.dumps({"merge_method": "linear", "models": models}))
+    for command in (
+        ["inspect", str(pickled)],
+        ["diff", str(pickled), str(siblings["a"])],
+        ["eval", str(pickled), "--suite", str(suite), "--out", str(tmp_path / "results")],
+        ["merge", str(merging), str(tmp_path / "out")],
+        ["verify", "--rebuild", str(tmp_path / "out")],
+    ):
+        assert main([*command, "-q"]) == 3, command
+        assert "--allow-pickle" in capsys.readouterr().err
+        assert main([*command, "-q", "--allow-pickle"]) == 0, capsys.readouterr().err
+
+
+def test_looking_at_a_checkpoint_with_code(
+    siblings: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coded = tmp_path / "coded"
+    shutil.copytree(siblings["a"], coded)
+    content = json.loads((coded / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling.Mine"}}
+    (coded / "config.json").write_text(json.dumps(content))
+    for command in (["inspect", str(coded)], ["diff", str(coded), str(siblings["a"])]):
+        assert main(command) == 3
+        assert "--trust-remote-code" in capsys.readouterr().err
+        assert main([*command, "--trust-remote-code"]) == 0
