@@ -33,7 +33,7 @@ from solera_core.staging import check_apart, staged
 if TYPE_CHECKING:
     from solera.publish import PublishConfig
 
-__all__ = ["Evidence", "Release", "ReleaseFile", "assemble", "prepare"]
+__all__ = ["Evidence", "Release", "ReleaseFile", "assemble", "is_evidence", "prepare"]
 
 # Patterns are matched against the path relative to the directory, and `*` does not cross a slash.
 _MODEL: Final = (
@@ -186,6 +186,11 @@ def assemble(config: "PublishConfig", out: Path, ctx: Context, evidence: Evidenc
                 "changed after it was made, or the disk lost it: build it again"
             )
     return release
+
+
+def is_evidence(name: str) -> bool:
+    """Whether a file of a release tells of the model (card, licences, results, recipe) and is no part of it."""
+    return _matches(name, _BESIDE)
 
 
 def _directory(model: str, ctx: Context) -> Path:

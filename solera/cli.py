@@ -417,7 +417,7 @@ def verify_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check every file and tensor against the digests in solera.json."""
-    from solera.rebuild import rebuild_problems
+    from solera.rebuild import rebuild as make_again
     from solera_core.errors import VerificationError
     from solera_core.provenance import verify
 
@@ -428,15 +428,19 @@ def verify_command(
         _show_plan(plan_verify(directory, ctx, rebuild=rebuild), as_json=as_json)
         return
     problems = verify(directory)
+    evidence: tuple[str, ...] = ()
     if rebuild and not problems:
-        problems = rebuild_problems(directory, ctx)
+        rebuilt = make_again(directory, ctx)
+        problems, evidence = list(rebuilt.problems), rebuilt.evidence
     if problems:
         if as_json:
             print(json.dumps({"directory": str(directory), "whole": False, "problems": problems}, indent=2))  # noqa: T201
         raise VerificationError("\n".join(f"{directory}: {p}" for p in problems))
     how = "every byte made again from its recipe is equal" if rebuild else "every file and tensor equals its digest"
+    if evidence:
+        how += f" (evidence, which equals its digest but is not made again: {', '.join(evidence)})"
     _emit(
-        {"directory": str(directory), "whole": True, "rebuilt": rebuild, "problems": []},
+        {"directory": str(directory), "whole": True, "rebuilt": rebuild, "evidence": list(evidence), "problems": []},
         as_json=as_json,
         text=f"{directory}: {how}",
     )

@@ -1,5 +1,6 @@
 """The pipeline on a tiny real recipe: every kind of stage, caching, resuming, holding back, failing clean."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -249,6 +250,32 @@ def test_an_error_in_a_worker_is_the_stages_own(texts: Path, tmp_path: Path) -> 
 def test_rebuild_of_a_stage_of_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("blend", "x", "moe"):
         assert main(["verify", "--rebuild", str(finished / "stages" / name), "-q"]) == 0, capsys.readouterr().err
+
+
+def test_rebuild_of_a_release_proves_the_model(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Card, report and results are evidence: named, hashed, not made again. A changed model is still found."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out, copy_function=shutil.copy2)
+    release = out / "stages" / "release"
+    assert main(["verify", "--rebuild", str(release), "-q", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {"README.md", "report.html", "recipe.yml", "results.json", "verdict.json"} <= set(shown["evidence"])
+    assert main(["verify", "--rebuild", str(release), "-q"]) == 0
+    assert "README.md" in capsys.readouterr().out
+    record = json.loads((release / "solera.json").read_text())
+    tokenizer = json.loads((release / "tokenizer_config.json").read_text()) | {"model_max_length": 7}
+    (release / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    changed = hashlib.sha256((release / "tokenizer_config.json").read_bytes()).hexdigest()
+    record["files"]["tokenizer_config.json"] = changed
+    record["checks"]["parameters"] = 1
+    (release / "solera.json").write_text(json.dumps(record))
+    assert main(["verify", str(release), "-q"]) == 0  # its own digests do not tell
+    assert main(["verify", "--rebuild", str(release), "-q"]) == 3
+    error = capsys.readouterr().err
+    assert "tokenizer_config.json differs from what the recipe makes now" in error
+    assert "solera.json: checks differs from what the recipe makes now" in error
 
 
 def test_run_from_the_command_line(
