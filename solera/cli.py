@@ -433,9 +433,9 @@ def verify_command(
         rebuilt = make_again(directory, ctx)
         problems, evidence = list(rebuilt.problems), rebuilt.evidence
     if problems:
-        if as_json:
-            print(json.dumps({"directory": str(directory), "whole": False, "problems": problems}, indent=2))  # noqa: T201
-        raise VerificationError("\n".join(f"{directory}: {p}" for p in problems))
+        message = "\n".join(f"{directory}: {p}" for p in problems)
+        facts = {"directory": str(directory), "whole": False, "problems": problems}
+        raise typer.Exit(_fail(message, "VerificationError", VerificationError.exit_code, as_json, **facts))
     how = "every byte made again from its recipe is equal" if rebuild else "every file and tensor equals its digest"
     if evidence:
         how += f" (evidence, which equals its digest but is not made again: {', '.join(evidence)})"
@@ -474,34 +474,39 @@ def _root(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code (see EXIT_CODES); errors are one message on stderr, no traceback.
 
+    With --json an error is also one object on stdout: `{"error": message, "kind": its class, "exit_code": code}`.
     SOLERA_TRACEBACK=1 shows the traceback as well; an exception that nobody foresaw always shows it.
     """
+    as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(args=arguments, standalone_mode=False)
         if code == INTERRUPTED:  # typer turns KeyboardInterrupt into this code
-            return _fail("interrupted; run the same command again to go on", INTERRUPTED)
+            return _fail("interrupted; run the same command again to go on", "Interrupted", INTERRUPTED, as_json)
         return code if isinstance(code, int) else 0
     except SoleraError as e:
-        return _fail(str(e), e.exit_code)
+        return _fail(str(e), type(e).__name__, e.exit_code, as_json)
     except typer.Abort:
-        return INTERRUPTED
+        return _fail("aborted", "Interrupted", INTERRUPTED, as_json)
     except typer.TyperException as e:  # usage errors; typer's own code for them, 2, means INCONCLUSIVE here
         context = getattr(e, "ctx", None)
-        return _fail((context.get_usage() + "\n" if context else "") + e.format_message(), 3)
+        usage = context.get_usage() + "\n" if context else ""
+        return _fail(usage + e.format_message(), "UsageError", 3, as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as e:
-        return _fail(_os_error(e), ResourceError.exit_code)
+        return _fail(_os_error(e), type(e).__name__, ResourceError.exit_code, as_json)
     except MemoryError:
-        return _fail(_NO_MEMORY, ResourceError.exit_code)
+        return _fail(_NO_MEMORY, "MemoryError", ResourceError.exit_code, as_json)
     except Exception as e:
         if "not enough memory" in str(e) or "can't allocate memory" in str(e):  # torch says it with a RuntimeError
-            return _fail(_NO_MEMORY, ResourceError.exit_code)
+            return _fail(_NO_MEMORY, "MemoryError", ResourceError.exit_code, as_json)
         return _fail(
             f"{type(e).__name__}: {e}\nThis is a bug of solera, not a mistake of yours: please report it with the "
             "lines above and the settings that led here",
+            type(e).__name__,
             BUG,
+            as_json,
         )
 
 
@@ -516,10 +521,13 @@ def _os_error(e: OSError) -> str:
     return f"{place}{reason}"
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, kind: str, code: int, as_json: bool, **facts: Any) -> int:
+    """Say what is wrong, and return the exit code."""
     if os.environ.get("SOLERA_TRACEBACK") or code == BUG:
         import traceback
 
         traceback.print_exc()
     print(f"solera: {message}", file=sys.stderr)  # noqa: T201
+    if as_json:
+        print(json.dumps({"error": message, "kind": kind, "exit_code": code, **facts}, indent=2))  # noqa: T201
     return code

@@ -38,7 +38,7 @@ SURFACE = Path(__file__).with_name("public_names.json")
 
 
 def test_the_public_names_are_frozen() -> None:
-    """A deliberate change: `SOLERA_FREEZE=1 .venv/bin/python -m pytest -q tests/test_imports.py -k frozen`, read the diff."""
+    """A deliberate change: run this test with SOLERA_FREEZE=1, read the diff, and say it in the changelog."""
     names = {name: sorted(getattr(importlib.import_module(name), "__all__", [])) for name in modules()}
     if os.environ.get("SOLERA_FREEZE"):
         SURFACE.write_text(json.dumps(names, indent=1) + "\n")

@@ -71,6 +71,39 @@ def test_wrong_usage_is_bad_input_not_inconclusive(arguments: list[str], capsys:
     assert err.startswith("solera: ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["merge", "none.yml", "o"], "ConfigError"),
+        (["inspect", "none"], "CheckpointError"),
+        (["gate", "--baseline", "none", "--candidate", "none"], "DataError"),
+        (["run", "none.yml"], "ConfigError"),
+        (["merge", "a"], "UsageError"),
+        (["schema", "non"], "ConfigError"),
+    ],
+)
+def test_an_error_is_one_object_on_stdout_too(
+    arguments: list[str], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, *arguments, "--json")
+    shown = json.loads(out)
+    assert shown == {"error": shown["error"], "kind": kind, "exit_code": 3}
+    assert err == f"solera: {shown['error']}\n"
+    assert code == 3
+    assert run(capsys, *arguments)[1:] == ("", err)
+
+
+def test_a_bug_is_one_object_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(kind: str) -> None:
+        raise TypeError("object is not iterable")
+
+    monkeypatch.setattr("solera.schema.schema", fail)
+    code, out, err = run(capsys, "schema", "--json")
+    assert json.loads(out)["kind"] == "TypeError"
+    assert json.loads(out)["exit_code"] == code == 70
+    assert "Traceback" in err
+
+
 def test_merge_json_is_one_object_on_stdout(
     merge_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +151,7 @@ def test_verify_sees_one_changed_byte(merge_config: Path, tmp_path: Path, capsys
     code, stdout, err = run(capsys, "verify", out, "--json")
     assert code == 3
     assert json.loads(stdout)["whole"] is False
+    assert json.loads(stdout)["exit_code"] == 3
     assert "lm_head" in err or "model." in err  # the tensor is named
 
 
