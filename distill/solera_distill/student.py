@@ -11,15 +11,11 @@ from typing import Any, Final
 
 from solera_core.architecture import layer_of, num_layers, text_config
 from solera_core.checkpoint import Checkpoint
-from solera_core.dtypes import FLOATS
 from solera_core.errors import CheckpointError, ConfigError
-from solera_core.output import write_metadata
-from solera_core.writer import CheckpointWriter, TensorSpec
+from solera_core.fold import write_folded
 from solera_distill.config import LayerDrop
 
 __all__ = ["choose_layers", "layers_to_keep", "renumbered", "shortened_config", "write_layers"]
-
-_BLOCK: Final = 1 << 22  # elements copied at a time
 
 _INDEX_SETS: Final = ("mlp_only_layers", "no_rope_layer_indices", "global_attention_layers", "global_attn_layers")
 """Lists of layer numbers: renumbered."""
@@ -146,21 +142,7 @@ def write_layers(checkpoint: Checkpoint, keep: Sequence[int] | None, directory: 
                 f"to {(num_layers(checkpoint.config) or 0) - 1} in one; layer_drop cannot shorten it"
             )
         names = {name: new for name in names if (new := renumbered(name, keep)) is not None}
-    specs = [
-        TensorSpec(new, checkpoint.tensors[old].dtype, checkpoint.tensors[old].shape) for old, new in names.items()
-    ]
-    directory.mkdir()
-    with CheckpointWriter(directory, specs) as writer:
-        for old, new in names.items():
-            info = checkpoint.tensors[old]
-            for at in range(0, info.size, _BLOCK):
-                stop = min(at + _BLOCK, info.size)
-                if checkpoint.is_overlaid(old) and info.dtype in FLOATS:
-                    writer.write_flat(new, at, checkpoint.read_flat(old, at, stop))
-                else:
-                    writer.write_raw(new, at, checkpoint.read_raw(old, at, stop))
-        writer.finish()
-    write_metadata(directory, config=config, sidecars=checkpoint.sidecars)
+    write_folded(checkpoint, directory, names=names, config=config)
 
 
 def renumbered(name: str, keep: Sequence[int]) -> str | None:
