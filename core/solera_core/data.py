@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,12 @@ class Messages:
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of text with its domain and content hash."""
+    """One piece of text with its domain and content hash; `where` is `file:line`, for messages."""
 
     id: str
     domain: str | None
     content: Text | Messages
+    where: str = field(default="", compare=False)
 
     @property
     def n_bytes(self) -> int:
@@ -138,9 +139,7 @@ def read_documents(
         if not found:
             raise DataError(f"{source.path}: no documents{f' after skipping {source.skip}' if source.skip else ''}")
         if require_domain and (bare := next((d for d in found if d.domain is None), None)):
-            raise DataError(
-                f"{source.path}: document {bare.id} has no domain; add `domain:` to the source or a `domain` column"
-            )
+            raise DataError(f"{bare.where}: has no domain; add `domain:` to the source or a `domain` column")
         documents += found
     return documents
 
@@ -170,13 +169,16 @@ def encode(document: Document, tokenizer: Any, *, add_eos: bool) -> Encoded:
         tail = list(tokenizer(completion, add_special_tokens=False).input_ids)
         learned = tail + ([eos] if add_eos and eos is not None else [])
         return Encoded(tuple(head + learned), (False,) * len(head) + (True,) * len(learned))
+    where = document.where or f"document {document.id}"
+    name = f" of {tokenizer.name_or_path}" if getattr(tokenizer, "name_or_path", None) else ""
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
-            f"document {document.id} is a chat, but the tokenizer has no chat template; add one or use text"
+            f"{where}: is a chat, but the tokenizer{name} has no chat template; add a chat_template.jinja to the "
+            "model, or use `prompt` and `completion` rows"
         )
     if not tokenizer.is_fast:
         raise DataError(
-            f"document {document.id} is a chat, but the tokenizer ({type(tokenizer).__name__}) cannot say which "
+            f"{where}: is a chat, but the tokenizer{name} ({type(tokenizer).__name__}) cannot say which "
             "characters a token covers; use one with a tokenizer.json, or `prompt` and `completion` rows"
         )
     turns = [{"role": role, "content": content} for role, content in document.content.turns]
@@ -188,8 +190,8 @@ def encode(document: Document, tokenizer: Any, *, add_eos: bool) -> Encoded:
         after = _render(tokenizer, turns[: i + 1], generation_prompt=False)
         if not after.startswith(before) or not before.startswith(text):
             raise DataError(
-                f"document {document.id}: the chat template rewrites earlier turns, so what belongs to the assistant "
-                "cannot be told; use `prompt` and `completion` rows instead"
+                f"{where}: the chat template of the tokenizer{name} rewrites earlier turns, so what belongs to the "
+                "assistant cannot be told; use `prompt` and `completion` rows instead"
             )
         spans.append((len(before), len(after)))
         text = after
@@ -229,7 +231,7 @@ def _document(row: Mapping[str, Any], source: DataSource, where: str) -> Documen
     canonical = json.dumps(
         content.turns if isinstance(content, Messages) else [content.prompt, content.completion], ensure_ascii=True
     )
-    return Document(hashlib.sha256(canonical.encode()).hexdigest()[:16], domain, content)
+    return Document(hashlib.sha256(canonical.encode()).hexdigest()[:16], domain, content, where)
 
 
 def _string(row: Mapping[str, Any], key: str, where: str, *, empty: bool = False) -> str:

@@ -1,5 +1,6 @@
 """Documents: every format, every mistake with file and line, and token ids with the right targets."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -191,8 +192,17 @@ def test_the_system_turn_and_the_last_question_are_no_targets(tokenizer_dir: Pat
 def test_chats_need_a_template_that_keeps_earlier_turns(tokenizer_dir: Path) -> None:
     tokenizer: Any = load_tokenizer(tokenizer_dir)
     chat = document(Messages((("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))))
-    with pytest.raises(DataError, match="the tokenizer has no chat template"):
+    with pytest.raises(DataError, match=r"document id: is a chat, but the tokenizer of .* has no chat template"):
         encode(chat, tokenizer, add_eos=True)
+    placed = dataclasses.replace(chat, where="chats.jsonl:7")
+    with pytest.raises(DataError, match=rf"^chats\.jsonl:7: is a chat, but the tokenizer of {tokenizer_dir} has no"):
+        encode(placed, tokenizer, add_eos=True)
     tokenizer.chat_template = "{{ messages[-1].content }}"
     with pytest.raises(DataError, match="rewrites earlier turns"):
         encode(chat, tokenizer, add_eos=True)
+
+
+def test_a_document_knows_its_line(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
+    file = write_jsonl(tmp_path / "d.jsonl", [{"text": "a"}, {"text": "b"}])
+    assert [d.where for d in read(file)] == [f"{file}:1", f"{file}:2"]
+    assert read(file)[0] == dataclasses.replace(read(file)[0], where="elsewhere")  # a place is no part of the content

@@ -313,3 +313,25 @@ def test_looking_at_a_checkpoint_with_code(
         assert main(command) == 3
         assert "--trust-remote-code" in capsys.readouterr().err
         assert main([*command, "--trust-remote-code"]) == 0
+
+
+def test_messages_name_file_and_key(
+    siblings: dict[str, Path], tmp_path: Path, write_jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(tmp_path / "nope")]) == 3
+    assert f"{tmp_path / 'nope'}: no such directory" in capsys.readouterr().err
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"text": "a few words"}, {"messages": turns}])
+    settings = {"model": str(siblings["a"]), "data": str(chats), "tokens": 100, "sequence_tokens": 32}
+    (tmp_path / "tune.yml").write_text(json.dumps(settings))
+    assert main(["tune", str(tmp_path / "tune.yml"), str(tmp_path / "out"), "-q"]) == 3
+    error = capsys.readouterr().err
+    assert f"{chats}:2: is a chat, but the tokenizer of {siblings['a']} has no chat template" in error
+    (tmp_path / "suite.yml").write_text(json.dumps({"suite": "s", "tasks": [{"name": "t", "kind": "chioce"}]}))
+    suite = ["--suite", str(tmp_path / "suite.yml"), "--out", str(tmp_path / "out")]
+    assert main(["eval", str(siblings["a"]), *suite]) == 3
+    assert "suite.yml: tasks.0.kind: unknown kind 'chioce' (did you mean 'choice'?)" in capsys.readouterr().err
+    (tmp_path / "moe.yml").write_text(json.dumps({"trunk": "a", "expert": []}))
+    assert main(["moe", str(tmp_path / "moe.yml"), str(tmp_path / "out")]) == 3
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.endswith("moe.yml: expert: unknown key (did you mean 'experts'?)")
