@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 from solera_core.architecture import layer_of, num_layers, text_config
 from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
-from solera_core.data import DataSource, data_path, read_documents
+from solera_core.data import DataSource, check_source, data_path, path_bytes, read_documents
 from solera_core.digest import json_digest
 from solera_core.dtypes import FLOATS, SAFETENSORS_NAME
-from solera_core.errors import CheckpointError, ConfigError, DataError, ResourceError
+from solera_core.errors import CheckpointError, ConfigError, ResourceError
 from solera_core.output import InputRecord, check_output, data_record, input_record, write_provenance
 from solera_core.plan import Plan
 from solera_core.shards import find_weights, read_headers
@@ -428,13 +428,11 @@ def _model_row(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _data_row(name: str, source: DataSource, base_dir: Path) -> dict[str, Any]:
     """One data source; a missing file is an error in a plan too."""
-    if source.path.startswith("hub:"):
-        return {"what": source.path, "path": source.path, "bytes": 0, "kind": name}
-    path = base_dir / Path(source.path).expanduser()
-    if not path.exists():
-        raise DataError(f"{path}: no such file (data paths are relative to the recipe)")
-    files = [p for p in path.iterdir() if p.is_file()] if path.is_dir() else [path]
-    return {"what": source.path, "path": str(path), "bytes": sum(f.stat().st_size for f in files), "kind": name}
+    path = data_path(source, base_dir)
+    if path is None:
+        return {"what": source.path, "path": source.path, "bytes": None, "kind": name, "note": "not fetched yet"}
+    check_source(source, base_dir=base_dir)
+    return {"what": source.path, "path": str(path), "bytes": path_bytes(path), "kind": name}
 
 
 def _files(sources: Sequence[DataSource], base_dir: Path) -> list[Path]:
