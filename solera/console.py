@@ -137,7 +137,7 @@ def print_plan(plan: Plan, *, max_rows: int = 40) -> None:
     console.print(f"[bold]plan: {plan.stage}[/bold] (nothing is read but headers, nothing is written)")
     _table(console, "reads", [_readable(r) for r in plan.reads])
     _table(console, "writes", [_readable(w) for w in plan.writes])
-    console.print(f"memory: about {_known_bytes(plan.memory_bytes)}; disk: {_known_bytes(plan.disk_bytes)}")
+    console.print(f"memory: about {readable_bytes(plan.memory_bytes)}; disk: {readable_bytes(plan.disk_bytes)}")
     _table(console, "parameters", [{"key": k, "value": v} for k, v in plan.parameters.items()])
     _table(console, "details", list(plan.rows[:max_rows]))
     if len(plan.rows) > max_rows:
@@ -177,7 +177,7 @@ def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
 
 
-def print_run_plan(planned: Sequence[Any], total: Mapping[str, Any], out: Any) -> None:
+def print_run_plan(planned: Sequence[Any], total: Mapping[str, int], out: Any) -> None:
     """The stages of a recipe, what each reads, whether it would run, and what all of them need."""
     rows = [{"stage": p.name, "kind": p.kind, "reads": ", ".join(p.inputs) or "-", "status": p.status} for p in planned]
     console = stdout_console()
@@ -185,8 +185,7 @@ def print_run_plan(planned: Sequence[Any], total: Mapping[str, Any], out: Any) -
     for stage in planned:
         console.print(f"[bold]{stage.name}[/bold]: {stage.status}", markup=True)
         print_plan(stage.plan)
-    unknown = f"; not known yet: {', '.join(total['unknown'])}" if total["unknown"] else ""
     console.print(
         f"[bold]all that will run[/bold]: memory at most about {readable_bytes(total['memory_bytes'])} a stage, "
-        f"disk {readable_bytes(total['disk_bytes'])}{unknown}"
+        f"disk {readable_bytes(total['disk_bytes'])}"
     )

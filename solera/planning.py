@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from solera.publish import WORKING_BYTES, PublishConfig
 from solera.recipe import Recipe
@@ -61,12 +60,11 @@ def plan_stages(recipe: Recipe, out: Path, ctx: Context, *, made: Mapping[str, P
     return plans
 
 
-def total(plans: Mapping[str, Plan]) -> dict[str, Any]:
-    """What all of them need: the disk of all, the memory of the hungriest, and whose need is not known."""
+def total(plans: Mapping[str, Plan]) -> dict[str, int]:
+    """What all of them need: the disk of all together, the memory of the hungriest."""
     return {
-        "disk_bytes": sum(plan.disk_bytes or 0 for plan in plans.values()),
-        "memory_bytes": max((plan.memory_bytes or 0 for plan in plans.values()), default=0),
-        "unknown": [name for name, plan in plans.items() if plan.disk_bytes is None or plan.memory_bytes is None],
+        "disk_bytes": sum(plan.disk_bytes for plan in plans.values()),
+        "memory_bytes": max((plan.memory_bytes for plan in plans.values()), default=0),
     }
 
 

@@ -15,8 +15,8 @@ class Plan:
         stage: its kind (`merge`, `moe`, `tune`, ...).
         reads: one mapping an input: `what` (the reference as written), `path`, `bytes`, and what else helps.
         writes: one mapping an output file: `what`, `bytes`.
-        memory_bytes: estimated peak of anonymous memory above the interpreter; None: not known yet.
-        disk_bytes: free disk space needed at the target; None: not known yet.
+        memory_bytes: estimated peak of anonymous memory above the interpreter.
+        disk_bytes: free disk space needed at the target.
         parameters: every resolved parameter, defaults included.
         rows: optional detail table (a merge: one row a tensor), each row a flat mapping with equal keys.
         warnings: what a careful person would want to know first.
@@ -25,8 +25,8 @@ class Plan:
     stage: str
     reads: Sequence[Mapping[str, Any]]
     writes: Sequence[Mapping[str, Any]]
-    memory_bytes: int | None
-    disk_bytes: int | None
+    memory_bytes: int
+    disk_bytes: int
     parameters: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
     warnings: Sequence[str] = field(default_factory=list[str])

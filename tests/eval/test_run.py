@@ -237,7 +237,6 @@ def test_a_model_with_an_adapter_is_measured_as_peft_merges_it(
     assert adapted.model["digest"] != plain.model["digest"]
     assert sorted(p.name for p in (out / "adapted").iterdir()) == ["items.jsonl", "results.json"]
     weights = sum(p.stat().st_size for p in trained.glob("*.safetensors"))
-    assert plan.disk_bytes is not None
     assert plan.disk_bytes > 0.9 * weights
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
