@@ -79,6 +79,11 @@ class Checkpoint:
         """The content of config.json, a deep copy: changing it changes nothing here."""
         return copy.deepcopy(self._config)
 
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """All that it is read from: the model's directory, then those of its adapters."""
+        return (self.path, *(adapter.directory for adapter in self._adapters))
+
     def __repr__(self) -> str:
         return f"Checkpoint({self.ref!r}, {len(self.tensors)} tensors)"
 
@@ -274,12 +279,25 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> dict[str
         raise CheckpointError(f"{file}: cannot be read as JSON: {e}") from e
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: expected an object, found {type(config).__name__}")
+    _check_types(file, config)
     if "auto_map" in config and not trust_remote_code:
         raise CheckpointError(
             f"{file}: `auto_map` asks to run Python code of this checkpoint ({config['auto_map']!r}); read that code, "
             "then pass --trust-remote-code, or delete `auto_map` where transformers knows the model type itself"
         )
     return config
+
+
+def _check_types(file: Path, config: Mapping[str, Any]) -> None:
+    """What is read here without transformers must be of the kind that transformers writes."""
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{file}: `architectures` must be a list of class names, found {names!r}")
+    if not isinstance(config.get("model_type", ""), str):
+        raise CheckpointError(f"{file}: `model_type` must be a string, found {config['model_type']!r}")
+    quantisation = config.get("quantization_config") or {}
+    if not isinstance(quantisation, dict):
+        raise CheckpointError(f"{file}: `quantization_config` must be an object, found {quantisation!r}")
 
 
 def _without_tied_head(path: Path, config: Mapping[str, Any], source: Source) -> Mapping[str, TensorInfo]:

@@ -9,7 +9,7 @@ from typing import Final
 from solera_core.context import Context
 from solera_core.errors import CheckpointError, HubError
 
-__all__ = ["Located", "resolve", "split_adapter"]
+__all__ = ["Located", "is_hub_id", "resolve", "split_adapter"]
 
 _HUB_ID: Final = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _PATTERNS: Final = (
@@ -61,6 +61,11 @@ def resolve(ref: str | Path, ctx: Context) -> Located:
     if match is None:
         raise CheckpointError(f"model {text!r} not found: {tried}, and not a hub id (org/name or org/name@revision)")
     return _download(match["id"], match["revision"], tried, ctx)
+
+
+def is_hub_id(ref: str) -> bool:
+    """Whether a reference could name a model on the hub: `org/name` or `org/name@revision`."""
+    return _HUB_ID.fullmatch(ref) is not None
 
 
 def split_adapter(ref: str | Path, ctx: Context) -> tuple[str, str] | None:

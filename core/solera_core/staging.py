@@ -11,13 +11,13 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from solera_core.errors import DiskFullError, ResourceError, TargetError
 
-__all__ = ["check_target", "fsync_tree", "require_disk", "staged"]
+__all__ = ["check_apart", "check_target", "disk_errors", "fsync_tree", "require_disk", "staged"]
 
 RESUME_KEY_FILE = ".resume-key"
 _FULL = {
@@ -25,7 +25,7 @@ _FULL = {
     errno.EDQUOT: "the disk quota was used up while writing",
     errno.EFBIG: "a file grew beyond what is allowed (see `ulimit -f`, or the limits of the file system)",
 }
-_MARKS = ("solera.json", "config.json", "results.json", "run.json")
+_MARKS = ("solera.json", "results.json", "run.json")
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -48,6 +48,22 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         )
 
 
+def check_apart(target: Path, models: Sequence[Path], data: Iterable[Path] = ()) -> None:
+    """Refuse a target that is, holds or lies in the directory of a model that is read, or is or holds its text.
+
+    Raises:
+        TargetError: naming both.
+    """
+    place = target.resolve()
+    for model in models:
+        if place == model.resolve() or model.resolve() in place.parents:
+            where = "is" if place == model.resolve() else "lies in"
+            raise TargetError(f"{target}: {where} the directory of the input {model}; choose another output path")
+    for source in (*models, *data):
+        if place == source.resolve() or place in source.resolve().parents:
+            raise TargetError(f"{target}: holds the input {source}, which it would replace; choose another output path")
+
+
 def require_disk(directory: Path, needed_bytes: int) -> None:
     """Raise DiskFullError when the file system that will hold `directory` has less than `needed_bytes` free."""
     existing = directory.absolute()
@@ -59,6 +75,17 @@ def require_disk(directory: Path, needed_bytes: int) -> None:
             f"{directory}: needs {needed_bytes / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free on {existing}; "
             "free some space or choose an output path on another disk"
         )
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn the operating system's `no space left`, `quota exceeded` and `file too large` into DiskFullError."""
+    try:
+        yield
+    except OSError as e:
+        if (reason := _FULL.get(e.errno or 0)) is not None:
+            raise DiskFullError(f"{target}: {reason}. Make room and run again") from e
+        raise
 
 
 def fsync_tree(root: Path) -> None:

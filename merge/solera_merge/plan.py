@@ -19,6 +19,7 @@ from solera_core.digest import json_digest
 from solera_core.dtypes import FLOATS, ITEM_BYTES, SAFETENSORS_NAME
 from solera_core.errors import CheckpointError, ConfigError, ResourceError
 from solera_core.plan import Plan
+from solera_core.sidecars import tokenizer_files
 from solera_core.strict import did_you_mean
 from solera_core.version import __version__
 from solera_core.writer import TensorSpec, layout
@@ -33,6 +34,7 @@ from solera_merge.problems import Problems
 from solera_merge.resolve import resolve
 from solera_merge.runs import runs_of
 from solera_merge.targets import Target, find_targets
+from solera_merge.vocabulary import check_tokenizer
 
 __all__ = [
     "COPY",
@@ -150,8 +152,16 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     warnings += notes
     _check_vocabulary(tensors, content, models)
     donor = _tokenizer_owner(config, models)
-    if not any(f.name.startswith(("tokenizer", "vocab", "tekken", "spiece", "sentencepiece")) for f in donor.sidecars):
-        warnings.append(f"{donor.path}: has no tokenizer, so the output will have none")
+    check_tokenizer(donor)
+    if not _has_tokenizer(donor):
+        if owners := [c.ref for c in models.checkpoints if _has_tokenizer(c)]:
+            raise ConfigError(
+                f"tokenizer_source: {donor.ref!r} ({donor.path}), whose tokenizer the output would get, has none; "
+                f"set `tokenizer_source: {owners[0]}`"
+                + (f" (or one of {', '.join(owners[1:])})" if owners[1:] else "")
+                + ", or copy the tokenizer files into that directory"
+            )
+        warnings.append(f"{donor.path}: has no tokenizer, and no other model here has one: the output will have none")
     if config.parameters.get("int8_mask"):
         warnings.append("parameters.int8_mask: has no effect (no mask is stored)")
     return MergePlan(tuple(tensors), content, tuple(donor.sidecars), tuple(dict.fromkeys(warnings))), models
@@ -326,6 +336,10 @@ def _main_dtype(tensors: Sequence[TensorPlan]) -> str:
         if tensor.dtype in FLOATS:
             total[tensor.dtype] += tensor.spec.size * ITEM_BYTES[tensor.dtype]
     return total.most_common(1)[0][0] if total else "F32"
+
+
+def _has_tokenizer(checkpoint: Checkpoint) -> bool:
+    return bool(tokenizer_files(file.name for file in checkpoint.sidecars))
 
 
 def _tokenizer_owner(config: MergeConfig, models: Models) -> Checkpoint:

@@ -9,7 +9,7 @@ from solera_core.context import Context
 from solera_core.output import check_output, input_record, write_metadata, write_provenance
 from solera_core.plan import Plan
 from solera_core.reload_check import ReloadCheck
-from solera_core.staging import check_target, require_disk, staged
+from solera_core.staging import check_apart, check_target, require_disk, staged
 from solera_core.writer import CheckpointWriter
 from solera_merge.config import MergeConfig
 from solera_merge.drift import drift_report
@@ -49,6 +49,7 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
     """
     check_target(out, overwrite=ctx.overwrite)
     plan, models = make_plan(config, ctx)
+    check_apart(out, [directory for checkpoint in models.checkpoints for directory in checkpoint.directories])
     for warning in plan.warnings:
         ctx.progress.note(warning)
     require_memory(plan.tensors, ctx)

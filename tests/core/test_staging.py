@@ -19,7 +19,7 @@ import pytest
 
 from solera_core import staging as core_staging
 from solera_core.errors import DiskFullError, ResourceError, TargetError
-from solera_core.staging import check_target, require_disk, staged
+from solera_core.staging import check_apart, check_target, require_disk, staged
 
 MARK = "solera.json"
 
@@ -400,3 +400,37 @@ def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
         (staging / "sub" / "file").write_text(json.dumps({}))
     assert set(order[: order.index("rename")]) == {"file", "sub", ".out.solera-staging"}
     assert order[-1] == tmp_path.name  # the directory that holds the new name
+
+
+def test_a_checkpoint_that_solera_did_not_make_is_never_replaced(tmp_path: Path) -> None:
+    """Any model has a config.json; only solera.json says that it can be made again."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(TargetError, match="was not made by solera"):
+        check_target(tmp_path / "model", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("a/base", "is the directory of the input"),
+        ("link", "is the directory of the input"),
+        ("a/base/out", "lies in the directory of the input"),
+        ("a", "holds the input .*base"),
+        ("texts", r"holds the input .*t\.jsonl"),
+        ("texts/t.jsonl", r"holds the input .*t\.jsonl"),
+    ],
+)
+def test_a_target_and_its_inputs_are_apart(target: str, message: str, tmp_path: Path) -> None:
+    base, text = tmp_path / "a" / "base", tmp_path / "texts" / "t.jsonl"
+    base.mkdir(parents=True)
+    text.parent.mkdir()
+    (tmp_path / "link").symlink_to(base)
+    with pytest.raises(TargetError, match=message):
+        check_apart(tmp_path / target, [base], [text])
+
+
+@pytest.mark.parametrize("target", ["a/out", "a/base2", "texts/out"])
+def test_beside_its_inputs_a_target_is_welcome(target: str, tmp_path: Path) -> None:
+    check_apart(tmp_path / target, [tmp_path / "a" / "base"], [tmp_path / "texts"])
+    check_apart(tmp_path / "out", [], [tmp_path / "a"])
