@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,17 +48,34 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         )
 
 
-def require_disk(directory: Path, needed_bytes: int) -> None:
-    """Raise DiskFullError when the file system that will hold `directory` has less than `needed_bytes` free."""
-    existing = directory.absolute()
+def require_disk(directory: Path, needed_bytes: int, *, downloads: Mapping[Path, int] | None = None) -> None:
+    """Raise DiskFullError when the file system that will hold `directory` has less than `needed_bytes` free.
+
+    `downloads` are the bytes that other directories will hold besides (a cache), wherever they are: what shares a file
+    system is counted together.
+    """
+    needs = {directory: needed_bytes} | {path: n for path, n in (downloads or {}).items() if n}
+    groups: dict[int, list[Path]] = {}
+    for path in needs:
+        groups.setdefault(_existing(path).stat().st_dev, []).append(path)
+    for paths in groups.values():
+        existing = _existing(paths[0])
+        free, needed = shutil.disk_usage(existing).free, sum(needs[path] for path in paths)
+        if free < needed:
+            parts = "" if len(paths) == 1 else f" ({', '.join(f'{needs[p] / 1e9:.3f} for {p}' for p in paths)})"
+            way_out = "choose an output path" if directory in paths else "set HF_HOME to a place"
+            raise DiskFullError(
+                f"{paths[0]}: needs {needed / 1e9:.3f} GB{parts}, but only {free / 1e9:.3f} GB are free on {existing}; "
+                f"free some space or {way_out} on another disk"
+            )
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the closest folder above it that exists."""
+    existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise DiskFullError(
-            f"{directory}: needs {needed_bytes / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free on {existing}; "
-            "free some space or choose an output path on another disk"
-        )
+    return existing
 
 
 def fsync_tree(root: Path) -> None:
