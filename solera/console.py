@@ -147,7 +147,10 @@ def print_plan(plan: Plan, *, max_rows: int = 40) -> None:
 
 
 def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: readable_bytes(v) if k in ("bytes", "download_bytes") and isinstance(v, (int, float)) else v for k, v in row.items()}
+    return {
+        k: readable_bytes(v) if k in ("bytes", "download_bytes") and isinstance(v, (int, float)) else v
+        for k, v in row.items()
+    }
 
 
 def _table(console: Any, title: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -28,9 +28,9 @@ from solera_core.errors import CheckpointError
 from solera_core.headers import TensorInfo
 from solera_core.hub import When, resolve, split_adapter
 from solera_core.ranges import RangeReader, stamp
+from solera_core.remote import RemoteSource
 from solera_core.shards import find_weights
 from solera_core.sidecars import find_sidecars
-from solera_core.remote import RemoteSource
 from solera_core.sources import SafetensorsSource, Source, open_source
 
 __all__ = ["Checkpoint", "TensorInfo", "locate", "open_checkpoint", "read_config"]

@@ -220,10 +220,17 @@ def explained(repo: str, revision: str | None, tried: str, endpoint: str) -> Ite
 
 
 def _download(repo: str, revision: str | None, tried: str, ctx: Context) -> Located:
+    from huggingface_hub import errors
+
     endpoint = _endpoint()
     patterns = _patterns(code=ctx.trust_remote_code)
     with explained(repo, revision, tried, endpoint):
-        path = _snapshot(repo, revision, patterns, endpoint)
+        try:
+            path = _snapshot(repo, revision, patterns, endpoint)
+        except errors.LocalEntryNotFoundError:  # no network; a cache that lacks a README, say, will do
+            path = _snapshot(repo, revision, _small(ctx), endpoint)
+            if not _has_weights(path):
+                raise
         if ctx.allow_pickle and not any(path.glob("*.safetensors")):
             path = _snapshot(repo, revision, [*patterns, "*.bin"], endpoint)
     return Located(path, path.name)
@@ -236,8 +243,7 @@ def _look(repo: str, revision: str | None, tried: str, ctx: Context) -> Located:
 
     endpoint = _endpoint()
     with explained(repo, revision, tried, endpoint):
-        small = [*_SMALL, *(["*.py"] if ctx.trust_remote_code else [])]
-        path = _snapshot(repo, revision, small, endpoint)  # finds out the commit, too
+        path = _snapshot(repo, revision, _small(ctx), endpoint)  # finds out the commit, too
         if _has_weights(path):
             return Located(path, path.name)
         if constants.is_offline_mode():
@@ -270,6 +276,10 @@ def _snapshot(repo: str, revision: str | None, allowed: Sequence[str], endpoint:
 
 def _patterns(*, code: bool) -> list[str]:
     return [*_PATTERNS, *(["*.py"] if code else [])]
+
+
+def _small(ctx: Context) -> list[str]:
+    return [*_SMALL, *(["*.py"] if ctx.trust_remote_code else [])]
 
 
 def _endpoint() -> str:

@@ -33,8 +33,11 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
     Raises:
         TargetError: it exists and is not empty and `overwrite` is off; or it is no directory; or it is a directory
-            that solera did not make (replacing it could destroy something else).
+            that solera did not make (replacing it could destroy something else); or nothing can be made beside it.
     """
+    beside = _existing(target.parent)
+    if not beside.is_dir() or not os.access(beside, os.W_OK | os.X_OK):
+        raise TargetError(f"{target}: cannot be written: {beside} is not a directory that you may write to")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise TargetError(f"{target}: exists and is not a plain directory; choose another output path")
     if not target.exists() or not any(target.iterdir()):

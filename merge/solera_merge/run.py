@@ -28,6 +28,8 @@ _NOT_FORM = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 def plan_merge(config: MergeConfig, ctx: Context) -> Plan:
     """What `merge` would do, from configs and headers alone; no weight is read and nothing is written.
 
+    (Small files of models on the hub, adapters and pickled weights go into the hub's cache.)
+
     Raises:
         InputError: everything that is wrong with the recipe and the models as far as headers tell, one line each.
     """
