@@ -151,7 +151,7 @@ def _known_bytes(count: float | None) -> str:
 
 
 def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _known_bytes(v) if k == "bytes" else v for k, v in row.items()}
+    return {k: _known_bytes(v) if k in ("bytes", "download_bytes") else v for k, v in row.items()}
 
 
 def _table(console: Any, title: str, rows: Sequence[Mapping[str, Any]]) -> None:

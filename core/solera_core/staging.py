@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,8 +33,11 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
     Raises:
         TargetError: it exists and is not empty and `overwrite` is off; or it is no directory; or it is a directory
-            that solera did not make (replacing it could destroy something else).
+            that solera did not make (replacing it could destroy something else); or nothing can be made beside it.
     """
+    beside = _existing(target.parent)
+    if not beside.is_dir() or not os.access(beside, os.W_OK | os.X_OK):
+        raise TargetError(f"{target}: cannot be written: {beside} is not a directory that you may write to")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise TargetError(f"{target}: exists and is not a plain directory; choose another output path")
     if not target.exists() or not any(target.iterdir()):
@@ -64,17 +67,34 @@ def check_apart(target: Path, models: Sequence[Path], data: Iterable[Path] = ())
             raise TargetError(f"{target}: holds the input {source}, which it would replace; choose another output path")
 
 
-def require_disk(directory: Path, needed_bytes: int) -> None:
-    """Raise DiskFullError when the file system that will hold `directory` has less than `needed_bytes` free."""
-    existing = directory.absolute()
+def require_disk(directory: Path, needed_bytes: int, *, downloads: Mapping[Path, int] | None = None) -> None:
+    """Raise DiskFullError when the file system that will hold `directory` has less than `needed_bytes` free.
+
+    `downloads` are the bytes that other directories will hold besides (a cache), wherever they are: what shares a file
+    system is counted together.
+    """
+    needs = {directory: needed_bytes} | {path: n for path, n in (downloads or {}).items() if n}
+    groups: dict[int, list[Path]] = {}
+    for path in needs:
+        groups.setdefault(_existing(path).stat().st_dev, []).append(path)
+    for paths in groups.values():
+        existing = _existing(paths[0])
+        free, needed = shutil.disk_usage(existing).free, sum(needs[path] for path in paths)
+        if free < needed:
+            parts = "" if len(paths) == 1 else f" ({', '.join(f'{needs[p] / 1e9:.3f} for {p}' for p in paths)})"
+            way_out = "choose an output path" if directory in paths else "set HF_HOME to a place"
+            raise DiskFullError(
+                f"{paths[0]}: needs {needed / 1e9:.3f} GB{parts}, but only {free / 1e9:.3f} GB are free on {existing}; "
+                f"free some space or {way_out} on another disk"
+            )
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the closest folder above it that exists."""
+    existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise DiskFullError(
-            f"{directory}: needs {needed_bytes / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free on {existing}; "
-            "free some space or choose an output path on another disk"
-        )
+    return existing
 
 
 @contextmanager

@@ -180,7 +180,14 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
         for source in tensor.sources:
             used[source.model] += models.checkpoints[source.model].tensors[source.name].nbytes
     reads = [
-        {"what": c.ref, "path": str(c.path), "revision": c.revision, "bytes": used[i], "tensors": len(c.tensors)}
+        {
+            "what": c.ref,
+            "path": str(c.path),
+            "revision": c.revision,
+            "bytes": used[i],
+            "download_bytes": c.missing_bytes,
+            "tensors": len(c.tensors),
+        }
         for i, c in enumerate(models.checkpoints)
     ]
     writes: list[Mapping[str, Any]] = [{"what": s.file, "bytes": s.nbytes} for s in layout(plan.specs)]

@@ -380,6 +380,22 @@ def test_space_is_asked_for_beforehand(tmp_path: Path) -> None:
         require_disk(tmp_path / "out", 10**18)
 
 
+def test_what_shares_a_disk_is_counted_together(tmp_path: Path) -> None:
+    half = shutil.disk_usage(tmp_path).free * 2 // 3
+    require_disk(tmp_path / "out", half, downloads={tmp_path / "cache": 0})
+    require_disk(tmp_path / "out", 0, downloads={tmp_path / "cache": half})
+    with pytest.raises(DiskFullError, match=rf"out: needs .* GB \(.* for {tmp_path}/out, .* for {tmp_path}/cache\)"):
+        require_disk(tmp_path / "out", half, downloads={tmp_path / "cache": half})
+    with pytest.raises(DiskFullError, match=r"cache: needs 1000000000.*set HF_HOME to a place on another disk"):
+        require_disk(Path("/proc"), 0, downloads={tmp_path / "cache": 10**18})  # two file systems
+
+
+def test_a_target_that_cannot_be_made_is_found_beforehand(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(TargetError, match=r"out: cannot be written: .*/file is not a directory that you may write to"):
+        check_target(tmp_path / "file" / "deep" / "out", overwrite=False)
+
+
 def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     real_fsync: Callable[[Path], None] = core_staging._fsync
