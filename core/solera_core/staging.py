@@ -25,6 +25,18 @@ _FULL = {
     errno.EDQUOT: "the disk quota was used up while writing",
     errno.EFBIG: "a file grew beyond what is allowed (see `ulimit -f`, or the limits of the file system)",
 }
+_BROKEN = (
+    errno.EIO,
+    errno.EROFS,
+    errno.ESTALE,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ENOTCONN,
+    errno.ECONNABORTED,
+    errno.EHOSTDOWN,
+    errno.EREMOTEIO,
+    errno.ETIMEDOUT,
+)  # the disk, or the mount, under the target is gone
 _MARKS = ("solera.json", "config.json", "results.json", "run.json")
 
 
@@ -33,8 +45,15 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
     Raises:
         TargetError: it exists and is not empty and `overwrite` is off; or it is no directory; or it is a directory
-            that solera did not make (replacing it could destroy something else).
+            that solera did not make (replacing it could destroy something else); or it cannot be looked at.
     """
+    try:
+        _check_target(target, overwrite=overwrite)
+    except OSError as e:
+        raise TargetError(f"{target}: cannot be read: {e.strerror}; choose another output path") from e
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise TargetError(f"{target}: exists and is not a plain directory; choose another output path")
     if not target.exists() or not any(target.iterdir()):
@@ -48,17 +67,34 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         )
 
 
-def require_disk(directory: Path, needed_bytes: int) -> None:
-    """Raise DiskFullError when the file system that will hold `directory` has less than `needed_bytes` free."""
-    existing = directory.absolute()
+def require_disk(target: Path, needed_bytes: int) -> None:
+    """Raise DiskFullError when the file system that will hold `target` has less than `needed_bytes` free.
+
+    What a killed run into the same target left behind counts as free: it is gone on with, or removed.
+    """
+    existing = target.absolute().parent
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing).free + _held_bytes(_staging_of(target))
     if free < needed_bytes:
         raise DiskFullError(
-            f"{directory}: needs {needed_bytes / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free on {existing}; "
+            f"{target}: needs {needed_bytes / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free on {existing}; "
             "free some space or choose an output path on another disk"
         )
+
+
+def _staging_of(target: Path) -> Path:
+    return target.parent / f".{target.name}.solera-staging"
+
+
+def _held_bytes(directory: Path) -> int:
+    """What the disk would get back with the files of a directory that may not exist."""
+    held = 0
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            with contextlib.suppress(OSError):
+                held += (Path(folder) / name).lstat().st_blocks * 512
+    return held
 
 
 def fsync_tree(root: Path) -> None:
@@ -83,6 +119,7 @@ def staged(
     Raises:
         TargetError: the target is in the way, or another run is writing to it.
         DiskFullError: the disk, the quota or the file size limit was exceeded while the body or the final flush wrote.
+        ResourceError: the disk failed, or is not there any more.
     """
     check_target(target, overwrite=overwrite)
     made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
@@ -92,10 +129,10 @@ def staged(
         lock = _lock(lock_file, target)
     except OSError as e:
         raise TargetError(f"{target}: cannot be written: {e.strerror}") from e
-    staging = target.parent / f".{target.name}.solera-staging"
+    staging = _staging_of(target)
     try:
         key_file = staging / RESUME_KEY_FILE
-        if staging.exists() and not (resume_key and key_file.exists() and key_file.read_text() == resume_key):
+        if staging.exists() and not (resume_key and key_file.exists() and key_file.read_bytes() == resume_key.encode()):
             shutil.rmtree(staging)
         keep = False
         try:
@@ -113,6 +150,10 @@ def staged(
         except OSError as e:
             if (reason := _FULL.get(e.errno or 0)) is not None:
                 raise DiskFullError(f"{target}: {reason}; nothing was left behind. Make room and run again") from e
+            if e.errno in _BROKEN:
+                raise ResourceError(
+                    f"{target}: cannot be written: {e.strerror}; look after the disk or the mount, and run again"
+                ) from e
             raise
         finally:
             if staging.exists() and not keep:
@@ -125,7 +166,12 @@ def staged(
             with contextlib.suppress(OSError):
                 folder.rmdir()
     # After the lock is gone, so that a kill during a slow flush leaves no lock file beside the target.
-    _fsync(target.parent)
+    try:
+        _fsync(target.parent)
+    except OSError as e:
+        raise ResourceError(
+            f"{target}: is complete, but {target.parent} cannot be flushed: {e.strerror}; look after the disk"
+        ) from e
 
 
 def _lock(lock_file: Path, target: Path) -> int:
@@ -173,5 +219,8 @@ def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as e:
+        if e.errno != errno.EINVAL or not path.is_dir():  # some network file systems cannot flush a directory
+            raise
     finally:
         os.close(descriptor)
