@@ -52,7 +52,7 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
     for warning in plan.warnings:
         ctx.progress.note(warning)
     require_memory(plan.tensors, ctx)
-    require_disk(out.parent, plan.disk_bytes)
+    require_disk(out, plan.disk_bytes)
     key = plan_key(plan, models)
     with (
         staged(out, overwrite=ctx.overwrite, resume_key=key, flush=ctx.flush) as staging,
@@ -69,6 +69,9 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
             memory_bytes=budget_bytes(ctx),
             progress=ctx.progress,
         )
+        inputs = [input_record(checkpoint, attest=ctx.attest) for checkpoint in models.checkpoints]
+        for checkpoint in models.checkpoints:
+            checkpoint.require_unchanged()
         digests = writer.finish()
         checks = check_output(staging, reload=False, trust_remote_code=ctx.trust_remote_code)
         drift = drift_report({n: d for n in digests if (d := writer.annotation(n)) is not None})
@@ -81,7 +84,7 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
             kind="merge",
             recipe=config.model_dump(mode="json", exclude_none=True),
             seed=ctx.seed,
-            inputs=[input_record(checkpoint, attest=ctx.attest) for checkpoint in models.checkpoints],
+            inputs=inputs,
             tensors=digests,
             checks=checks,
         )

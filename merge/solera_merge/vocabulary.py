@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from solera_core.checkpoint import Checkpoint
+from solera_core.errors import CheckpointError
 
 __all__ = ["Conflict", "conflicting_ids"]
 
@@ -30,7 +31,13 @@ class Conflict:
 def conflicting_ids(a: Checkpoint, b: Checkpoint) -> Conflict | None:
     """Compare tokenizer.json of two models; None where one has none, or they are the same, byte for byte."""
     files = tuple(next((f for f in c.sidecars if f.name == "tokenizer.json"), None) for c in (a, b))
-    if files[0] is None or files[1] is None or filecmp.cmp(files[0], files[1], shallow=False):
+    if files[0] is None or files[1] is None:
+        return None
+    try:
+        same = filecmp.cmp(files[0], files[1], shallow=False)
+    except OSError as e:
+        raise CheckpointError(f"{files[0]} and {files[1]}: cannot be read: {e.strerror}") from e
+    if same:
         return None
     mine, theirs = _tokens(files[0]), _tokens(files[1])
     common = mine.keys() & theirs.keys()
