@@ -215,11 +215,12 @@ def budget_bytes(ctx: Context) -> int:
 
 def require_memory(tensors: Sequence[TensorPlan], ctx: Context) -> None:
     """Raise ResourceError when one tensor alone needs more than the bound."""
+    bound = budget_bytes(ctx)
     for tensor in tensors:
-        if (need := tensor_bytes(tensor)) > budget_bytes(ctx):
+        if (need := tensor_bytes(tensor)) > bound:
             raise ResourceError(
                 f"{tensor.name!r} {tensor.shape}: {tensor.method} needs {need / 1e6:.0f} MB for it, and the bound is "
-                f"{budget_bytes(ctx) / 1e6:.0f} MB; raise it with --memory if the machine has more"
+                f"{bound / 1e6:.0f} MB; raise it with --memory if the machine has more"
             )
 
 
