@@ -197,6 +197,14 @@ class Checkpoint:
         stamps = [[str(file), *astuple(stamp(file))] for file in files]
         return json_digest({"files": stamps, "config": self._config, "adapters": [a.digest for a in self._adapters]})
 
+    def require_unchanged(self) -> None:
+        """Raise CheckpointError when a weight file is no longer the one that was opened.
+
+        Every read checks that at its beginning; this is the check behind the last one.
+        """
+        if isinstance(self._source, SafetensorsSource):
+            self._source.require_unchanged()
+
     def tensor_digests(self) -> dict[str, str]:
         """`blake3:<hex>` of the stored bytes of each tensor, read anew (of the base model, under an adapter)."""
         return {
@@ -236,6 +244,13 @@ def open_checkpoint(ref: str | Path, ctx: Context, *, weights: When = "now") -> 
         CheckpointError: not found, not a checkpoint, damaged, pickled or with remote code without permission.
         HubError: the hub cannot be reached.
     """
+    try:
+        return _open(ref, ctx, weights)
+    except OSError as e:
+        raise CheckpointError(f"{e.filename or ref}: cannot be read: {e.strerror}") from e
+
+
+def _open(ref: str | Path, ctx: Context, weights: When) -> Checkpoint:
     if (parts := split_adapter(ref, ctx)) is not None:
         base = open_checkpoint(parts[0], ctx, weights=weights)
         adapter = open_adapter(parts[1], base.tensors, ctx)

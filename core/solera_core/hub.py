@@ -152,7 +152,10 @@ def _local(text: str, ctx: Context) -> Path | None:
     if text in ctx.models:
         return ctx.models[text]
     path = ctx.base_dir / Path(text).expanduser()
-    return path if text and path.is_dir() else None
+    try:
+        return path if text and path.is_dir() else None
+    except OSError as e:  # a mount that is gone, or a folder that may not be entered
+        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
 
 
 def _names(ctx: Context) -> str:

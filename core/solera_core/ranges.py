@@ -53,7 +53,11 @@ class RangeReader:
             self._descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
             raise CheckpointError(f"{file}: cannot be read: {e.strerror}") from e
-        found = _stamp(os.fstat(self._descriptor))
+        try:
+            found = _stamp(os.fstat(self._descriptor))
+        except OSError as e:
+            self.close()
+            raise CheckpointError(f"{file}: cannot be read: {e.strerror}") from e
         if expected is not None and found != expected:
             self.close()
             sizes = "" if found.nbytes == expected.nbytes else f" ({expected.nbytes} bytes then, {found.nbytes} now)"

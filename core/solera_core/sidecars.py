@@ -1,9 +1,10 @@
 """The files beside config and weights that make a checkpoint usable: tokenizer, templates, generation, processor."""
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
+
+from solera_core.errors import CheckpointError
 
 __all__ = ["PATTERNS", "TOKENIZER_FILES", "copy_sidecars", "find_sidecars", "tokenizer_files"]
 
@@ -73,8 +74,16 @@ def tokenizer_files(names: Iterable[str]) -> list[str]:
 
 
 def copy_sidecars(sidecars: Iterable[Path], directory: Path) -> None:
-    """Copy sidecar files into `directory`, byte for byte (template folders keep their name)."""
+    """Copy sidecar files into `directory`, byte for byte (template folders keep their name).
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
     for file in sidecars:
         folder = directory / file.parent.name if file.parent.name in _TEMPLATE_FOLDERS else directory
         folder.mkdir(exist_ok=True)
-        shutil.copyfile(file, folder / file.name)
+        try:
+            content = file.read_bytes()  # not shutil.copyfile: its errors do not tell the input from the output
+        except OSError as e:
+            raise CheckpointError(f"{file}: cannot be read: {e.strerror}") from e
+        (folder / file.name).write_bytes(content)

@@ -1,6 +1,7 @@
 """Where stored bytes come from: safetensors files, or pickles through torch's restricted loader."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy.typing as npt
 
 from solera_core.dtypes import ITEM_BYTES
 from solera_core.headers import TensorInfo
-from solera_core.ranges import RangeReader, read_range, stamp
+from solera_core.ranges import RangeReader, Stamp, read_range, stamp
 from solera_core.shards import Weights, read_headers
 
 __all__ = ["SafetensorsSource", "Source", "open_source"]
@@ -29,18 +30,23 @@ class SafetensorsSource:
 
     Attributes:
         tensors: by name.
-        stamps: of every file, taken when its header was read. A file that changes later is refused.
+        stamps: of every file, taken before its header was read. A file that changes later is refused.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, tensors: Mapping[str, TensorInfo], stamps: Mapping[Path, Stamp] | None = None) -> None:
         self.tensors = tensors
-        self.stamps = {file: stamp(file) for file in {info.file for info in tensors.values()}}
+        self.stamps = stamps or {file: stamp(file) for file in {info.file for info in tensors.values()}}
 
     def read_raw(self, info: TensorInfo, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """The stored bytes of elements [start, stop), a new array."""
         width = ITEM_BYTES[info.dtype]
         begin, end = info.begin + start * width, info.begin + stop * width
         return read_range(info.file, begin, end, self.stamps[info.file])
+
+    def require_unchanged(self) -> None:
+        """Raise CheckpointError when a file is no longer the one whose header was read."""
+        for file, expected in self.stamps.items():
+            RangeReader(file, expected).close()
 
     def reader(self, info: TensorInfo) -> RangeReader:
         """The file of a tensor, open for many reads; its offsets are those of `info`."""
@@ -53,4 +59,5 @@ def open_source(weights: Weights) -> Source:
         from solera_core.pickled import PickledSource  # imports torch
 
         return PickledSource(weights)
-    return SafetensorsSource(read_headers(weights))
+    stamps = {file: stamp(file) for file in weights.files}  # first: a file that is replaced meanwhile is then refused
+    return SafetensorsSource(read_headers(weights), stamps)

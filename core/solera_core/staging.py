@@ -25,6 +25,18 @@ _FULL = {
     errno.EDQUOT: "the disk quota was used up while writing",
     errno.EFBIG: "a file grew beyond what is allowed (see `ulimit -f`, or the limits of the file system)",
 }
+_BROKEN = (
+    errno.EIO,
+    errno.EROFS,
+    errno.ESTALE,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ENOTCONN,
+    errno.ECONNABORTED,
+    errno.EHOSTDOWN,
+    errno.EREMOTEIO,
+    errno.ETIMEDOUT,
+)  # the disk, or the mount, under the target is gone
 _MARKS = ("solera.json", "results.json", "run.json")
 
 
@@ -33,11 +45,19 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
     Raises:
         TargetError: it exists and is not empty and `overwrite` is off; or it is no directory; or it is a directory
-            that solera did not make (replacing it could destroy something else); or nothing can be made beside it.
+            that solera did not make (replacing it could destroy something else); or nothing can be made beside it; or
+            it cannot be looked at.
     """
-    beside = _existing(target.parent)
-    if not beside.is_dir() or not os.access(beside, os.W_OK | os.X_OK):
-        raise TargetError(f"{target}: cannot be written: {beside} is not a directory that you may write to")
+    try:
+        beside = _existing(target.parent)
+        if not beside.is_dir() or not os.access(beside, os.W_OK | os.X_OK):
+            raise TargetError(f"{target}: cannot be written: {beside} is not a directory that you may write to")
+        _check_target(target, overwrite=overwrite)
+    except OSError as e:
+        raise TargetError(f"{target}: cannot be read: {e.strerror}; choose another output path") from e
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise TargetError(f"{target}: exists and is not a plain directory; choose another output path")
     if not target.exists() or not any(target.iterdir()):
@@ -67,26 +87,33 @@ def check_apart(target: Path, models: Sequence[Path], data: Iterable[Path] = ())
             raise TargetError(f"{target}: holds the input {source}, which it would replace; choose another output path")
 
 
-def require_disk(directory: Path, needed_bytes: int, *, downloads: Mapping[Path, int] | None = None) -> None:
-    """Raise DiskFullError when the file system that will hold `directory` has less than `needed_bytes` free.
+def require_disk(target: Path, needed_bytes: int, *, downloads: Mapping[Path, int] | None = None) -> None:
+    """Raise DiskFullError when the file system that will hold `target` has less than `needed_bytes` free.
 
-    `downloads` are the bytes that other directories will hold besides (a cache), wherever they are: what shares a file
-    system is counted together.
+    What a killed run into the same target left behind counts as free: it is gone on with, or removed. `downloads` are
+    the bytes that other directories will hold besides (a cache), wherever they are: what shares a file system is
+    counted together.
     """
-    needs = {directory: needed_bytes} | {path: n for path, n in (downloads or {}).items() if n}
+    needs = {target: needed_bytes} | {path: n for path, n in (downloads or {}).items() if n}
     groups: dict[int, list[Path]] = {}
     for path in needs:
-        groups.setdefault(_existing(path).stat().st_dev, []).append(path)
+        groups.setdefault(_place(path, target).stat().st_dev, []).append(path)
     for paths in groups.values():
-        existing = _existing(paths[0])
-        free, needed = shutil.disk_usage(existing).free, sum(needs[path] for path in paths)
+        existing = _place(paths[0], target)
+        free = shutil.disk_usage(existing).free + (_held_bytes(_staging_of(target)) if target in paths else 0)
+        needed = sum(needs[path] for path in paths)
         if free < needed:
             parts = "" if len(paths) == 1 else f" ({', '.join(f'{needs[p] / 1e9:.3f} for {p}' for p in paths)})"
-            way_out = "choose an output path" if directory in paths else "set HF_HOME to a place"
+            way_out = "choose an output path" if target in paths else "set HF_HOME to a place"
             raise DiskFullError(
                 f"{paths[0]}: needs {needed / 1e9:.3f} GB{parts}, but only {free / 1e9:.3f} GB are free on {existing}; "
                 f"free some space or {way_out} on another disk"
             )
+
+
+def _place(path: Path, target: Path) -> Path:
+    """A folder on the file system that will hold `path`; a target is made beside itself."""
+    return _existing(path.parent if path == target else path)
 
 
 def _existing(path: Path) -> Path:
@@ -106,6 +133,20 @@ def disk_errors(target: Path) -> Iterator[None]:
         if (reason := _FULL.get(e.errno or 0)) is not None:
             raise DiskFullError(f"{target}: {reason}. Make room and run again") from e
         raise
+
+
+def _staging_of(target: Path) -> Path:
+    return target.parent / f".{target.name}.solera-staging"
+
+
+def _held_bytes(directory: Path) -> int:
+    """What the disk would get back with the files of a directory that may not exist."""
+    held = 0
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            with contextlib.suppress(OSError):
+                held += (Path(folder) / name).lstat().st_blocks * 512
+    return held
 
 
 def fsync_tree(root: Path) -> None:
@@ -130,6 +171,7 @@ def staged(
     Raises:
         TargetError: the target is in the way, or another run is writing to it.
         DiskFullError: the disk, the quota or the file size limit was exceeded while the body or the final flush wrote.
+        ResourceError: the disk failed, or is not there any more.
     """
     check_target(target, overwrite=overwrite)
     made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
@@ -139,10 +181,10 @@ def staged(
         lock = _lock(lock_file, target)
     except OSError as e:
         raise TargetError(f"{target}: cannot be written: {e.strerror}") from e
-    staging = target.parent / f".{target.name}.solera-staging"
+    staging = _staging_of(target)
     try:
         key_file = staging / RESUME_KEY_FILE
-        if staging.exists() and not (resume_key and key_file.exists() and key_file.read_text() == resume_key):
+        if staging.exists() and not (resume_key and key_file.exists() and key_file.read_bytes() == resume_key.encode()):
             shutil.rmtree(staging)
         keep = False
         try:
@@ -160,6 +202,10 @@ def staged(
         except OSError as e:
             if (reason := _FULL.get(e.errno or 0)) is not None:
                 raise DiskFullError(f"{target}: {reason}; nothing was left behind. Make room and run again") from e
+            if e.errno in _BROKEN:
+                raise ResourceError(
+                    f"{target}: cannot be written: {e.strerror}; look after the disk or the mount, and run again"
+                ) from e
             raise
         finally:
             if staging.exists() and not keep:
@@ -172,7 +218,12 @@ def staged(
             with contextlib.suppress(OSError):
                 folder.rmdir()
     # After the lock is gone, so that a kill during a slow flush leaves no lock file beside the target.
-    _fsync(target.parent)
+    try:
+        _fsync(target.parent)
+    except OSError as e:
+        raise ResourceError(
+            f"{target}: is complete, but {target.parent} cannot be flushed: {e.strerror}; look after the disk"
+        ) from e
 
 
 def _lock(lock_file: Path, target: Path) -> int:
@@ -220,5 +271,8 @@ def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as e:
+        if e.errno != errno.EINVAL or not path.is_dir():  # some network file systems cannot flush a directory
+            raise
     finally:
         os.close(descriptor)

@@ -178,7 +178,7 @@ class CheckpointWriter:
         early_flush: bool = False,
     ) -> None:
         self._directory = directory
-        self._flusher = _Flusher() if early_flush else None
+        self._flusher: _Flusher | None = None
         self._order = [spec.name for spec in specs]
         self._shards = layout(specs, shard_bytes=shard_bytes)
         self._descriptors: list[int] = []
@@ -204,6 +204,7 @@ class CheckpointWriter:
                         self._digests[spec.name] = claim.digest
                         self._annotations[spec.name] = claim.annotation
             self._write_index()
+            self._flusher = _Flusher() if early_flush else None
             self._journal = os.open(journal, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o644)
             self._descriptors.append(self._journal)
             for name in self._order:
@@ -274,7 +275,10 @@ class CheckpointWriter:
         return {name: self._digests[name] for name in self._order}
 
     def close(self) -> None:
-        """Close the files, finished or not."""
+        """Close the files, finished or not; waits for blocks that are being written."""
+        for slot in self._slots.values():
+            with slot.lock:  # a thread that lives on after an interrupt must not write into whatever gets this number
+                slot.descriptor = -1
         if self._flusher is not None:
             self._flusher.stop()
             self._flusher = None
@@ -305,14 +309,14 @@ class CheckpointWriter:
     def _slot(self, name: str) -> _Slot:
         if name not in self._slots:
             raise ValueError(f"tensor {name!r} is not in the layout")
-        if not self._descriptors:
-            raise ValueError(f"tensor {name}: the writer is closed")
         return self._slots[name]
 
     @contextlib.contextmanager
     def _turn(self, name: str, start: int, count: int) -> Iterator[_Slot]:
         slot = self._slot(name)
         with slot.lock:
+            if slot.descriptor < 0:
+                raise ValueError(f"tensor {name}: the writer is closed")
             if start != slot.done or start + count > slot.spec.size:
                 raise ValueError(
                     f"tensor {name} {slot.spec.shape}: block [{start}, {start + count}) is out of order: "
@@ -368,7 +372,7 @@ def _read_journal(file: Path) -> dict[str, _Claim]:
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
-                if isinstance(entry, list) and len(entry) == 3:
+                if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], float | int | None):
                     claims[str(entry[0])] = _Claim(str(entry[1]), entry[2])
     return claims
 

@@ -17,17 +17,23 @@ _LIKE = 4  # layers needed to say what is usual
 
 
 def relative(sums: npt.NDArray[np.float64]) -> float:
-    """|result - reference| / |reference| from the sums of squares, to 6 digits; the length itself where that is 0."""
+    """|result - reference| / |reference| from the sums of squares, to 6 digits; the length itself where that is 0.
+
+    Infinite where the squares are too large for float32: values above some 1e19, which no trained model has.
+    """
+    if not np.isfinite(sums).all():
+        return math.inf
     changed, there = math.sqrt(sums[0]), math.sqrt(sums[1])
     return float(f"{changed / there if there > 0 else changed:.6g}")
 
 
 def drift_report(drifts: Mapping[str, float]) -> dict[str, Any]:
-    """For solera.json: the median, every tensor, and those that stand out."""
+    """For solera.json: the median, every tensor (null: too far to be measured), and those that stand out."""
+    known = {name: value for name, value in drifts.items() if math.isfinite(value)}
     return {
-        "median": statistics.median(drifts.values()) if drifts else 0.0,
+        "median": statistics.median(known.values()) if known else 0.0,
         "outliers": outliers(drifts),
-        "tensors": dict(drifts),
+        "tensors": {name: known.get(name) for name in drifts},
     }
 
 
@@ -45,7 +51,9 @@ def outliers(drifts: Mapping[str, float]) -> dict[str, str]:
     for name, value in drifts.items():
         like = kinds[_kind(name)]
         usual = statistics.median(like)
-        if value > 1:
+        if math.isinf(value):
+            found[name] = "holds values whose squares are beyond float32"
+        elif value > 1:
             found[name] = f"moved by {value:.3g} times its own length"
         elif len(like) >= _LIKE and usual > 0 and value > _FACTOR * usual:
             found[name] = f"moved by {value:.3g}, {value / usual:.3g} times as far as in other layers"

@@ -48,13 +48,14 @@ def execute(
     together: where not all of them fit, some wait.
 
     Raises:
-        CheckpointError: an input is not finite, or changed since it was planned; the first error found is raised, and
-            the other threads stop at their next block.
+        CheckpointError: an input is not finite, or changed since it was planned; the error that came first is raised,
+            and the other threads stop at their next block.
         OSError: the disk is full.
     """
     keep_freed_memory()
     stop = threading.Event()
     lock = threading.Lock()
+    failed: list[BaseException] = []  # the first error; those that come after it may only be its consequences
     open_tensors = [tensor for tensor in tensors if not writer.is_done(tensor.name)]
     total = sum(checkpoints[s.model].tensors[s.name].nbytes for tensor in open_tensors for s in tensor.sources)
     budget = Budget(default_memory_bytes() if memory_bytes is None else memory_bytes)
@@ -75,17 +76,24 @@ def execute(
 
             def work(tensor: TensorPlan) -> None:
                 finding = findings.get(tensor.name)
-                with budget.take(tensor_bytes(tensor)):
-                    advance(0)  # another thread may have failed while this one waited
-                    merge_tensor(tensor, checkpoints, writer, advance, finding=finding, block_elements=block_elements)
+                try:
+                    with budget.take(tensor_bytes(tensor)):
+                        advance(0)  # another thread may have failed while this one waited
+                        merge_tensor(
+                            tensor, checkpoints, writer, advance, finding=finding, block_elements=block_elements
+                        )
+                except BaseException as e:
+                    with lock:
+                        if not stop.is_set():
+                            failed.append(e)
+                            stop.set()  # here, not where it is waited for: the main thread may be slow to wake up
+                    raise
 
             largest_first = sorted(open_tensors, key=lambda tensor: -tensor.spec.nbytes)
             futures = [pool.submit(work, tensor) for tensor in largest_first]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in futures:
-                error = future.exception() if future in done else None
-                if error is not None and not isinstance(error, _StoppedError):
-                    raise error
+            wait(futures, return_when=FIRST_EXCEPTION)
+            if failed:
+                raise failed[0]
         finally:  # also on KeyboardInterrupt
             stop.set()
             pool.shutdown(cancel_futures=True)

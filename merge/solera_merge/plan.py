@@ -8,7 +8,7 @@ Nothing here reads a weight. The plan is pure data: it can be printed, hashed, a
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from solera_core.digest import json_digest
 from solera_core.dtypes import FLOATS, ITEM_BYTES, SAFETENSORS_NAME
 from solera_core.errors import CheckpointError, ConfigError, ResourceError
 from solera_core.plan import Plan
+from solera_core.ranges import stamp
 from solera_core.sidecars import tokenizer_files
 from solera_core.strict import did_you_mean
 from solera_core.version import __version__
@@ -170,7 +171,8 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
 def plan_key(plan: MergePlan, models: Models) -> str:
     """What a killed run and this one must have in common for this one to go on: plan, inputs, version."""
     inputs = [checkpoint.fingerprint() for checkpoint in models.checkpoints]
-    return json_digest([__version__, repr(plan.tensors), dict(plan.config), inputs])
+    sidecars = [[str(file), *astuple(stamp(file))] for file in plan.sidecars]  # else copies of others would be left
+    return json_digest([__version__, repr(plan.tensors), dict(plan.config), sidecars, inputs])
 
 
 def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context) -> Plan:
@@ -232,11 +234,12 @@ def budget_bytes(ctx: Context) -> int:
 
 def require_memory(tensors: Sequence[TensorPlan], ctx: Context) -> None:
     """Raise ResourceError when one tensor alone needs more than the bound."""
+    bound = budget_bytes(ctx)
     for tensor in tensors:
-        if (need := tensor_bytes(tensor)) > budget_bytes(ctx):
+        if (need := tensor_bytes(tensor)) > bound:
             raise ResourceError(
                 f"{tensor.name!r} {tensor.shape}: {tensor.method} needs {need / 1e6:.0f} MB for it, and the bound is "
-                f"{budget_bytes(ctx) / 1e6:.0f} MB; raise it with --memory if the machine has more"
+                f"{bound / 1e6:.0f} MB; raise it with --memory if the machine has more"
             )
 
 

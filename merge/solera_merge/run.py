@@ -74,6 +74,9 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
             memory_bytes=budget_bytes(ctx),
             progress=ctx.progress,
         )
+        inputs = [input_record(checkpoint, attest=ctx.attest) for checkpoint in models.checkpoints]
+        for checkpoint in models.checkpoints:
+            checkpoint.require_unchanged()
         digests = writer.finish()
         checks = check_output(staging, reload=False, trust_remote_code=ctx.trust_remote_code)
         drift = drift_report({n: d for n in digests if (d := writer.annotation(n)) is not None})
@@ -86,7 +89,7 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
             kind="merge",
             recipe=config.model_dump(mode="json", exclude_none=True),
             seed=ctx.seed,
-            inputs=[input_record(checkpoint, attest=ctx.attest) for checkpoint in models.checkpoints],
+            inputs=inputs,
             tensors=digests,
             checks=checks,
         )
@@ -95,7 +98,7 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
 
 def _fetch(models: Models, plan: MergePlan, out: Path, ctx: Context) -> None:
     """Download what is still on the hub, if the disks have room for that and for the output."""
-    require_disk(out.parent, plan.disk_bytes, downloads={c.path: c.missing_bytes for c in models.checkpoints})
+    require_disk(out, plan.disk_bytes, downloads={c.path: c.missing_bytes for c in models.checkpoints})
     for checkpoint in models.checkpoints:
         if nbytes := checkpoint.missing_bytes:
             ctx.progress.note(f"{checkpoint.ref}: downloading {nbytes / 1e9:.3f} GB")

@@ -101,7 +101,9 @@ class RawStream:
         self._files = ExitStack()
 
     def __enter__(self) -> Self:
-        self._readers = [self._files.enter_context(_open(c, info)) for c, info in self._sources]
+        with self._files:  # closes those that are open when a later one cannot be opened
+            self._readers = [self._files.enter_context(_open(c, info)) for c, info in self._sources]
+            self._files = self._files.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:

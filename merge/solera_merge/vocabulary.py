@@ -35,7 +35,13 @@ def conflicting_ids(a: Checkpoint, b: Checkpoint) -> Conflict | None:
         CheckpointError: a tokenizer.json that cannot be read.
     """
     files = tuple(next((f for f in c.sidecars if f.name == "tokenizer.json"), None) for c in (a, b))
-    if files[0] is None or files[1] is None or filecmp.cmp(files[0], files[1], shallow=False):
+    if files[0] is None or files[1] is None:
+        return None
+    try:
+        same = filecmp.cmp(files[0], files[1], shallow=False)
+    except OSError as e:
+        raise CheckpointError(f"{files[0]} and {files[1]}: cannot be read: {e.strerror}") from e
+    if same:
         return None
     mine, theirs = _tokens(files[0]), _tokens(files[1])
     common = mine.keys() & theirs.keys()

@@ -133,6 +133,11 @@ def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
         pytest.fail("the body ran")
 
 
+def test_a_target_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="cannot be read: File name too long; choose another output path"):
+        check_target(tmp_path / ("x" * 300), overwrite=False)
+
+
 # The atomic exchange
 
 
@@ -205,6 +210,15 @@ def test_another_run_starts_clean(key: str | None, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", KeyboardInterrupt(), key="k", text="half")
     with staged(tmp_path / "out", resume_key=key) as staging:
+        assert not (staging / MARK).exists()
+
+
+def test_a_key_that_is_no_text_is_another_key(tmp_path: Path) -> None:
+    """A power cut may leave anything in a file."""
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", KeyboardInterrupt(), key="k", text="half")
+    (tmp_path / ".out.solera-staging" / ".resume-key").write_bytes(b"\xff\x00")
+    with staged(tmp_path / "out", resume_key="k") as staging:
         assert not (staging / MARK).exists()
 
 
@@ -368,6 +382,39 @@ def test_a_full_disk_is_translated(code: int, message: str, tmp_path: Path) -> N
     assert left(tmp_path) == []
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EROFS])
+def test_a_disk_that_is_gone_is_no_traceback(code: int, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=f"out: cannot be written: {os.strerror(code)}; look after the disk"):
+        run(tmp_path / "out", OSError(code, os.strerror(code)))
+    assert left(tmp_path) == []
+
+
+def fsync_that_fails(monkeypatch: pytest.MonkeyPatch, code: int, directory: Path | None) -> None:
+    """Flushing `directory`, or any directory, fails."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        opened = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if opened == directory or (directory is None and opened.is_dir()):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_file_system_that_cannot_flush_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync_that_fails(monkeypatch, errno.EINVAL, None)
+    run(tmp_path / "out")
+    assert left(tmp_path) == ["out"]
+
+
+def test_a_name_that_may_not_outlive_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync_that_fails(monkeypatch, errno.EIO, tmp_path)
+    with pytest.raises(ResourceError, match=r"out: is complete, but .* cannot be flushed: Input/output error"):
+        run(tmp_path / "out")
+    assert left(tmp_path) == ["out"]
+
+
 def test_other_errors_of_the_system_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), staged(tmp_path / "out"):
         raise PermissionError(errno.EACCES, "no")
@@ -387,7 +434,7 @@ def test_what_shares_a_disk_is_counted_together(tmp_path: Path) -> None:
     with pytest.raises(DiskFullError, match=rf"out: needs .* GB \(.* for {tmp_path}/out, .* for {tmp_path}/cache\)"):
         require_disk(tmp_path / "out", half, downloads={tmp_path / "cache": half})
     with pytest.raises(DiskFullError, match=r"cache: needs 1000000000.*set HF_HOME to a place on another disk"):
-        require_disk(Path("/proc"), 0, downloads={tmp_path / "cache": 10**18})  # two file systems
+        require_disk(Path("/proc/out"), 0, downloads={tmp_path / "cache": 10**18})  # two file systems
 
 
 def test_a_target_that_cannot_be_made_is_found_beforehand(tmp_path: Path) -> None:

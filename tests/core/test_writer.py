@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -347,6 +349,17 @@ def test_the_journal_is_checked_not_trusted(tmp_path: Path) -> None:
         assert not writer.is_done("layer.3.weight")
 
 
+@pytest.mark.parametrize("annotation", ['"far"', "[]", "{}"])
+def test_a_figure_in_the_journal_that_is_none(annotation: str, tmp_path: Path) -> None:
+    """The bytes are proved by their digest; what is noted beside it must at least be a number."""
+    tensors = some()
+    specs = half_written(tmp_path, tensors)
+    journal = tmp_path / JOURNAL_NAME
+    journal.write_text(journal.read_text().replace("null", annotation))
+    with CheckpointWriter(tmp_path, specs, shard_bytes=100) as writer:
+        assert not any(writer.is_done(name) for name in tensors)
+
+
 @pytest.mark.parametrize("damage", ["", '["layer.0.weight", "blake3:', "null\n", "\xff\n"])
 def test_a_journal_that_was_cut_off(damage: str, tmp_path: Path) -> None:
     tensors = some()
@@ -363,6 +376,29 @@ def test_files_of_another_size_are_begun_anew(tmp_path: Path) -> None:
         os.truncate(file, 50)
     with CheckpointWriter(tmp_path, specs, shard_bytes=100) as writer:
         assert not any(writer.is_done(name) for name in tensors)
+
+
+def test_closing_waits_for_a_block_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that lives on after an interrupt must not write into a file that got the number of the closed one."""
+    real = os.pwrite
+    writing, closing = threading.Event(), threading.Event()
+
+    def pwrite(*arguments: Any) -> int:
+        writing.set()
+        assert closing.wait(60)
+        time.sleep(0.05)  # long enough for a close that does not wait
+        return real(*arguments)
+
+    writer = CheckpointWriter(tmp_path, [TensorSpec("w", "F32", (8,))])
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with ThreadPoolExecutor(1) as pool:
+        block = pool.submit(writer.write_flat, "w", 0, np.ones(4, np.float32))
+        assert writing.wait(60)
+        closing.set()
+        writer.close()
+        block.result()
+    with pytest.raises(ValueError, match="the writer is closed"):
+        writer.write_flat("w", 4, np.ones(4, np.float32))
 
 
 def test_the_disk_may_write_early(tmp_path: Path) -> None:
