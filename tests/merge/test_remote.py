@@ -53,7 +53,7 @@ def ask(hub: Hub, tmp_path: Path) -> Ask:
     def run(code: str, *models: str, out: str = "out", offline: bool = False, **changes: Any) -> Any:
         hub.asked.clear()
         recipe = LINEAR | {"models": [{"model": m} for m in models]} | changes
-        options = {"base_dir": str(tmp_path), "recipe": recipe, "out": out}
+        options: dict[str, Any] = {"base_dir": str(tmp_path), "recipe": recipe, "out": out}
         return loopback_hub.ask(PREAMBLE + code, hub.endpoint, tmp_path, offline=offline, **options)
 
     return run
