@@ -105,7 +105,8 @@ def _one_lapack_thread(tensors: Sequence[TensorPlan]) -> AbstractContextManager[
         return nullcontext()
     from threadpoolctl import threadpool_limits
 
-    return threadpool_limits(1)
+    limits: AbstractContextManager[object] = threadpool_limits(1)
+    return limits
 
 
 def merge_tensor(

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
 
 import numpy as np
 
@@ -74,4 +73,4 @@ def _chunk_dots(a: Float32, b: Float32) -> list[float]:
 
     sums = np.empty(-(-a.size // CHUNK_ELEMENTS))
     dot_chunks(np.ascontiguousarray(a), np.ascontiguousarray(b), CHUNK_ELEMENTS, LANES, sums)
-    return cast("list[float]", sums.tolist())
+    return sums.tolist()

@@ -56,12 +56,12 @@ import numpy as np
 import pytest
 
 from solera_core import checkpoint as core_checkpoint
-from solera_core import sources
+from solera_core import shards, sources
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError, ConfigError, DiskFullError, ResourceError, SoleraError
 from solera_core.output import verify
-from solera_merge import engine, run
+from solera_merge import engine, plan, run
 from solera_merge.config import MergeConfig
 from solera_merge.methods.catalogue import METHODS
 from solera_merge.methods.signature import REQUIRED
@@ -140,7 +140,8 @@ def test_tensors_that_no_list_knows_are_merged(recipe: Recipe, siblings: Sibling
     extra = "model.layers.1.self_attn.q_norm.weight"
     for name, value in (("a", 1.0), ("b", 3.0)):
         model = Path(shutil.copytree(siblings[name], tmp_path / name))
-        edit_weights(model, lambda tensors, v=value: tensors.update({extra: np.full(8, v, np.float32)}))
+        addition = {extra: np.full(8, value, np.float32)}
+        edit_weights(model, lambda tensors: tensors.update(addition))  # noqa: B023  # called at once
     out = merge(recipe(**LINEAR, models=["a", "b"]), tmp_path / "out", Context(base_dir=tmp_path))
     assert open_checkpoint(out, Context()).read(extra).tolist() == [2.0] * 8
 
@@ -267,6 +268,7 @@ def test_nothing_old_stays_in_a_replaced_target(
 ) -> None:
     out = make_model(tmp_path / "out", base=siblings["c"], shards=3)
     (out / "added_tokens.json").write_text("{}")
+    (out / "solera.json").write_text("{}")  # what an output of solera's has
     assert (out / "model.safetensors.index.json").exists()
     config = recipe(**LINEAR, models=["a", "b"])
     merge(config, out, Context(models=siblings, overwrite=True))
@@ -405,7 +407,7 @@ def test_a_mount_that_goes_away_when_a_file_is_opened(
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return real(target, *arguments, **options)
 
-    real_execute = run.execute
+    real_execute = engine.execute
 
     def execute(*arguments: Any, **options: Any) -> None:
         armed.set()
@@ -451,7 +453,7 @@ def test_a_mount_that_is_gone_before_the_plan(
 def test_a_tokenizer_that_goes_away_after_the_plan(
     fails: Fails, damaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = run.require_memory
+    real = plan.require_memory
 
     def require_memory(*arguments: Any) -> None:
         (damaged / "tokenizer.json").unlink(missing_ok=True)
@@ -492,7 +494,7 @@ def test_a_file_that_is_replaced_while_it_is_opened(
 ) -> None:
     """The header was that of another file: what is read later must not be taken for its tensors."""
     file = damaged / "model.safetensors"
-    real = sources.read_headers
+    real = shards.read_headers
 
     def read_headers(weights: Any) -> Any:
         headers = real(weights)

@@ -370,9 +370,10 @@ def mounted(tmp_path: Path) -> Mounted:
         words = ["unshare", *flags, "sh", "-c", IN_A_MOUNT, "sh", options, str(tmp_path / "disk"), *command]
         return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
-    if shutil.which("unshare") is None or (tried := run("size=1m", "true")).returncode != 0:
-        reason = "no unshare command" if shutil.which("unshare") is None else tried.stderr.strip()
-        pytest.skip(f"file systems cannot be mounted here: {reason}")
+    if shutil.which("unshare") is None:
+        pytest.skip("file systems cannot be mounted here: no unshare command")
+    if (tried := run("size=1m", "true")).returncode != 0:
+        pytest.skip(f"file systems cannot be mounted here: {tried.stderr.strip()}")
     return run
 
 
@@ -452,7 +453,7 @@ def test_a_read_only_file_system(config: Path, tmp_path: Path, mounted: Mounted)
     out = tmp_path / "disk" / "out"
     done = mounted("ro", *COMMAND, "merge", str(config), str(out), "-q")
     assert done.returncode == 3
-    assert done.stderr == f"solera: {out}: cannot be written: Read-only file system\n"
+    assert done.stderr == (f"solera: {out}: cannot be written: {out.parent} is not a directory that you may write to\n")
     assert done.stdout == "left: \n"
 
 
@@ -490,7 +491,7 @@ def public(siblings: dict[str, Path]) -> Iterator[Path]:
 
 @pytest.mark.parametrize(
     ("out", "said"),
-    [("closed/out", "cannot be written: Permission denied"), ("secret/x/out", "cannot be read: Permission denied")],
+    [("closed/out", "cannot be written: "), ("secret/x/out", "cannot be read: Permission denied")],
 )
 def test_a_target_without_permission(public: Path, out: str, said: str) -> None:
     process = start("merge", str(public / "merge.yml"), str(public / out), "-q", program=NOBODY)

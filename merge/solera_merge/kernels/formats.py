@@ -73,7 +73,7 @@ def narrow(values: Float32, n: int, raw: Bytes, code: int, begin: int) -> bool:
             word = bits[i]
             largest = max(largest, word & _MAGNITUDE)
             halves[i] = np.uint16((word + np.uint32(0x7FFF) + ((word >> _U16) & _U1)) >> _U16)
-        bad = largest >= _ROUNDS_TO_INF
+        bad = bool(largest >= _ROUNDS_TO_INF)
     elif code == F32:
         words = raw.view(np.uint32)[begin : begin + n]
         for i in range(n):
@@ -101,4 +101,4 @@ def _subnormal_half(magnitude: np.uint32) -> np.uint32:
     one[0] = magnitude
     value = one.view(np.float32)
     value[0] += np.float32(0.5)
-    return one[0] - _SUBNORMAL
+    return np.uint32(one[0] - _SUBNORMAL)

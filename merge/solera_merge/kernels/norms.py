@@ -46,7 +46,7 @@ def _dot(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], partial: npt.ND
     total = partial[0]
     for j in range(1, lanes):
         total += partial[j]
-    return total
+    return np.float64(total)
 
 
 @kernel

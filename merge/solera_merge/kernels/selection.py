@@ -65,7 +65,7 @@ def count_words(words: Words, tables: Words2D) -> int:
     zeros = np.uint32(0)
     for j in range(words.size):
         zeros += np.uint32(words[j] == 0)
-    return np.int64(zeros)
+    return int(zeros)
 
 
 @kernel
@@ -173,7 +173,7 @@ def find_equal(raw: Bytes, codes: Codes, n: int, model: int, magnitude: int, wan
         for j in range(m):
             inside += np.uint32((bits[j] & _MAGNITUDE) == target)
         if seen + inside < wanted:
-            seen += np.int64(inside)
+            seen += int(inside)
             continue
         for j in range(m):
             if (bits[j] & _MAGNITUDE) == target:

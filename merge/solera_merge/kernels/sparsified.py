@@ -107,7 +107,7 @@ def merge_random(
 @kernel
 def _load(raw: Bytes, codes: Codes, begin: int, m: int, base: Float32, terms: Float32) -> bool:
     """The base, and the deltas of all models; whether one value is not finite."""
-    models = terms.shape[0]
+    models = len(terms)
     bad = widen(raw[models], codes[models], begin, m, base)
     for i in range(models):
         term = terms[i]
