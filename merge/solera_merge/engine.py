@@ -108,6 +108,11 @@ def merge_tensor(
         CheckpointError: naming the model's file, the tensor and the place of a NaN or infinity; or a tensor that should
             be equal in all models is not.
     """
+    if tensor.mergekit is not None:
+        from solera_merge.compat import merge_whole
+
+        merge_whole(tensor, checkpoints, writer, advance)
+        return
     if block_elements % CHUNK_ELEMENTS:
         raise ValueError(f"block_elements must be a multiple of {CHUNK_ELEMENTS}, found {block_elements}")
     if tensor.method == COPY:
@@ -168,10 +173,11 @@ def _survey(
 ) -> dict[str, Any]:
     """What the methods' surveys over the whole model find, by tensor; empty for methods without one."""
     findings: dict[str, Any] = {}
-    for name in dict.fromkeys(tensor.method for tensor in tensors if tensor.method != COPY):
+    ours = [tensor for tensor in tensors if tensor.method != COPY and tensor.mergekit is None]
+    for name in dict.fromkeys(tensor.method for tensor in ours):
         survey = METHODS[name].survey
         if survey is not None:
-            mine = [tensor for tensor in tensors if tensor.method == name]
+            mine = [tensor for tensor in ours if tensor.method == name]
             streams = [StreamedTensor(tensor, checkpoints, block_elements, advance) for tensor in mine]
             found = survey(streams, [tensor.parameters for tensor in mine])
             findings.update(zip((tensor.name for tensor in mine), found, strict=True))

@@ -77,6 +77,8 @@ class TensorPlan:
         models: the other sources, in the order of the recipe.
         parameters: by name in a recipe; a tuple has one value a model.
         keys: a random key a model.
+        mergekit: the number format in which mergekit's own method computes it (`solera_merge.compat`); None: the method
+            of the catalogue does, in float32.
     """
 
     name: str
@@ -87,6 +89,7 @@ class TensorPlan:
     models: tuple[SourceTensor, ...]
     parameters: Mapping[str, Any]
     keys: tuple[int, ...]
+    mergekit: str | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -143,6 +146,10 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     problems = Problems()
     _check_shapes(targets, models, problems)
     tensors = _tensor_plans(config, targets, resolved, models, ctx.seed, problems)
+    if ctx.compat is not None:
+        from solera_merge.compat import as_mergekit
+
+        tensors = as_mergekit(config, tensors, models, ctx.compat, problems)
     problems.raise_any()
     dtype = _main_dtype(tensors)
     content, notes = output_config(models, runs, whole=whole, dtype=_TORCH_NAME[dtype])
@@ -159,7 +166,12 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
 def plan_key(plan: MergePlan, models: Models) -> str:
     """What a killed run and this one must have in common for this one to go on: plan, inputs, version."""
     inputs = [checkpoint.fingerprint() for checkpoint in models.checkpoints]
-    return json_digest([__version__, repr(plan.tensors), dict(plan.config), inputs])
+    key = [__version__, repr(plan.tensors), dict(plan.config), inputs]
+    if any(tensor.mergekit is not None for tensor in plan.tensors):
+        from solera_merge.compat import mergekit_versions
+
+        key.append(mergekit_versions())
+    return json_digest(key)
 
 
 def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context) -> Plan:
@@ -186,6 +198,7 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
             "seed": ctx.seed,
             "threads": worker_threads(ctx),
             "memory": budget_bytes(ctx),
+            **({} if ctx.compat is None else {"compat": ctx.compat}),
         },
         rows=[_row(tensor, models, list(config.method.parameters)) for tensor in plan.tensors],
         warnings=plan.warnings,
@@ -194,6 +207,10 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
 
 def tensor_bytes(tensor: TensorPlan) -> int:
     """Memory that merging one tensor takes: blocks of float32 of its sources, their raw bytes, and temporaries."""
+    if tensor.mergekit is not None:
+        from solera_merge.compat import whole_bytes
+
+        return whole_bytes(tensor)
     unit = "elements" if tensor.method == COPY else METHODS[tensor.method].unit
     starts = block_starts(tensor.shape, unit, BLOCK_ELEMENTS)
     block = starts[1] - starts[0] if len(starts) > 1 else 0

@@ -11,6 +11,7 @@ from solera_core.plan import Plan
 from solera_core.reload_check import ReloadCheck
 from solera_core.staging import check_target, require_disk, staged
 from solera_core.writer import CheckpointWriter
+from solera_merge.compat import mergekit_versions
 from solera_merge.config import MergeConfig
 from solera_merge.drift import drift_report
 from solera_merge.engine import execute
@@ -84,6 +85,7 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
             inputs=[input_record(checkpoint, attest=ctx.attest) for checkpoint in models.checkpoints],
             tensors=digests,
             checks=checks,
+            compat=None if ctx.compat is None else {"with": ctx.compat, **mergekit_versions()},
         )
     return out
 

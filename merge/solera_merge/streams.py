@@ -17,7 +17,7 @@ from solera_merge.plan import SourceTensor, TensorPlan
 if TYPE_CHECKING:
     from solera_merge.fused import RawBlock
 
-__all__ = ["RawStream", "StreamedTensor"]
+__all__ = ["RawStream", "StreamedTensor", "refuse"]
 
 
 class StreamedTensor:
@@ -64,7 +64,7 @@ class StreamedTensor:
             def read_any(start: int, stop: int) -> Float32:
                 values = checkpoint.read_flat(source.name, start, stop)
                 if not np.isfinite(values).all():
-                    _refuse(values, checkpoint, info, start)
+                    refuse(values, checkpoint, info, start)
                 return values
 
             return read_any
@@ -76,7 +76,7 @@ class StreamedTensor:
             file.read_into(info.begin + start * width, raw)
             values = np.empty(stop - start, np.float32)
             if widen(raw, code, 0, stop - start, values):
-                _refuse(values, checkpoint, info, start)
+                refuse(values, checkpoint, info, start)
             return values
 
         return read_plain
@@ -130,7 +130,8 @@ def _open(checkpoint: Checkpoint, info: TensorInfo) -> RangeReader:
     return reader
 
 
-def _refuse(values: Float32, checkpoint: Checkpoint, info: TensorInfo, start: int) -> None:
+def refuse(values: Float32, checkpoint: Checkpoint, info: TensorInfo, start: int) -> None:
+    """Raise CheckpointError for the first of these values of a tensor, from element `start` on, that is not finite."""
     place = int(np.argmin(np.isfinite(values)))
     index = tuple(int(i) for i in np.unravel_index(start + place, info.shape))
     raise CheckpointError(
