@@ -25,6 +25,7 @@ class Context:
         reload_check: what was written is loaded through transformers, unless it is proved to load.
         attest: every byte of the inputs is hashed; else large ones are identified by their headers and by samples.
         compat: reproduce the bytes of another tool, its rounding included: `mergekit`; None: the most exact result.
+        device: where the hot merge methods compute: `cpu`, `cuda`, `cuda:1`, `mps`.
         flush: outputs are on the disk, not only in the system's cache, before they get their name.
         progress: where to report.
     """
@@ -40,5 +41,6 @@ class Context:
     reload_check: bool = True
     attest: bool = False
     compat: str | None = None
+    device: str = "cpu"
     flush: bool = True
     progress: Progress = field(default_factory=Silent)

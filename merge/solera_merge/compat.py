@@ -23,6 +23,7 @@ from typing import Any, Final
 import numpy as np
 
 from solera_core.checkpoint import Checkpoint
+from solera_core.context import Context
 from solera_core.dtypes import ITEM_BYTES, SAFETENSORS_NAME, nonfinite, to_float32
 from solera_core.errors import CheckpointError, ConfigError
 from solera_core.strict import did_you_mean
@@ -65,17 +66,19 @@ _OTHER_WORKSPACE = (7, 44)  # ram and ramplus_tl, the most hungry ones
 
 
 def as_mergekit(
-    config: MergeConfig, tensors: Sequence[TensorPlan], models: Models, compat: str, problems: Problems
+    config: MergeConfig, tensors: Sequence[TensorPlan], models: Models, ctx: Context, problems: Problems
 ) -> list[TensorPlan]:
     """The plans of the tensors with the number format in which mergekit computes each, and the one it writes.
 
     What mergekit could not do, or not with the same bytes twice, is added to `problems`.
 
     Raises:
-        ConfigError: `compat` is no name that is known, or mergekit has no such method.
+        ConfigError: `compat` is no name that is known, or a device is asked for, or mergekit has no such method.
     """
-    if compat != "mergekit":
-        raise ConfigError(f"compat: {compat!r} is not known{did_you_mean(compat, ['mergekit'])}")
+    if ctx.compat != "mergekit":
+        raise ConfigError(f"compat: {ctx.compat!r} is not known{did_you_mean(str(ctx.compat), ['mergekit'])}")
+    if ctx.device != "cpu":
+        raise ConfigError(f"compat: mergekit's bytes are those of its CPU run; leave out the device {ctx.device!r}")
     from mergekit.merge_methods import registered_methods
 
     theirs = {method.spec.name: method.spec for method in registered_methods()}

@@ -8,7 +8,7 @@ writer's journal records: when it returns, its tensor is complete in the output.
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from solera_merge.memory import Budget, default_memory_bytes
 from solera_merge.methods.catalogue import METHODS
 from solera_merge.plan import COPY, TensorPlan, tensor_bytes
 from solera_merge.streams import RawStream, StreamedTensor
+
+if TYPE_CHECKING:
+    from solera_merge.torch_twins import Device
 
 __all__ = ["execute", "merge_tensor"]
 
@@ -40,11 +43,12 @@ def execute(
     progress: Progress,
     memory_bytes: int | None = None,
     block_elements: int = BLOCK_ELEMENTS,
+    device: "Device | None" = None,
 ) -> None:
     """Merge all tensors into the writer, the largest first (so that no thread is left alone with one at the end).
 
     Tensors that the writer has from a killed run are left as they are. `memory_bytes` bounds what the threads hold
-    together: where not all of them fit, some wait.
+    together: where not all of them fit, some wait. The methods that `device` has are computed there.
 
     Raises:
         CheckpointError: an input is not finite, or changed since it was planned; the first error found is raised, and
@@ -69,9 +73,18 @@ def execute(
 
             def work(tensor: TensorPlan) -> None:
                 finding = findings.get(tensor.name)
-                with budget.take(tensor_bytes(tensor)):
+                need = tensor_bytes(tensor, device="cpu" if device is None else device.name)
+                with budget.take(need):
                     advance(0)  # another thread may have failed while this one waited
-                    merge_tensor(tensor, checkpoints, writer, advance, finding=finding, block_elements=block_elements)
+                    merge_tensor(
+                        tensor,
+                        checkpoints,
+                        writer,
+                        advance,
+                        finding=finding,
+                        block_elements=block_elements,
+                        device=device,
+                    )
 
             largest_first = sorted(open_tensors, key=lambda tensor: -tensor.spec.nbytes)
             futures = [pool.submit(work, tensor) for tensor in largest_first]
@@ -93,6 +106,7 @@ def merge_tensor(
     *,
     finding: Any = None,
     block_elements: int = BLOCK_ELEMENTS,
+    device: "Device | None" = None,
 ) -> None:
     """Merge one tensor, completely.
 
@@ -103,6 +117,7 @@ def merge_tensor(
         advance: told the bytes of input that are done.
         finding: what the method's survey over the whole model found for this tensor.
         block_elements: elements a block; a multiple of CHUNK_ELEMENTS.
+        device: computes the methods that it has; None: all on the CPU.
 
     Raises:
         CheckpointError: naming the model's file, the tensor and the place of a NaN or infinity; or a tensor that should
@@ -119,7 +134,7 @@ def merge_tensor(
         _copy(tensor, checkpoints, writer, advance, block_elements)
         return
     if finding is None and _is_plain(tensor, checkpoints):
-        _merge_raw(tensor, checkpoints, writer, advance, block_elements)
+        _merge_raw(tensor, checkpoints, writer, advance, block_elements, device)
         return
     _merge_blocks(tensor, checkpoints, writer, advance, finding, block_elements)
 
@@ -202,27 +217,28 @@ def _merge_raw(
     writer: CheckpointWriter,
     advance: Callable[[int], None],
     block_elements: int,
+    device: "Device | None",
 ) -> None:
-    """Through the fused twin of the formula: the same bits, sooner."""
-    from solera_merge.fused import FUSED, NotFiniteError
-    from solera_merge.kernels.formats import CODES
+    """Through a twin of the formula, compiled or on a device: the same bits, sooner."""
+    from solera_merge.fused import NotFiniteError, merged_blocks
 
     method = METHODS[tensor.method]
     keywords = {method.parameters[name].keyword: value for name, value in tensor.parameters.items()}
-    code, width = CODES[tensor.dtype], ITEM_BYTES[tensor.dtype]
-    with RawStream(tensor, checkpoints, block_elements, advance) as raw:
-        out = np.empty(raw.step * width, np.uint8)
+    if device is not None and device.has(tensor.method):
+        twin = device.merged_blocks
+        stream = RawStream(tensor, checkpoints, device.block_elements, advance, buffers=2, buffer=device.buffer)
+    else:
+        twin = merged_blocks
+        stream = RawStream(tensor, checkpoints, block_elements, advance)
+    with stream as raw:
         drift = np.zeros(2)
         start = 0
         try:
-            formula = FUSED[tensor.method](raw, **keywords)
-            for block in raw.blocks():
-                start = block.start
-                if formula(block, out, code, drift):
-                    raise NotFiniteError
+            for block, out in twin(tensor.method, raw, tensor.dtype, keywords, drift):
                 writer.annotate(tensor.name, relative(drift))
-                writer.write_raw(tensor.name, start, out[: block.n * width], checked=True)
+                writer.write_raw(tensor.name, block.start, out, checked=True)
                 raw.advance(block)
+                start = block.start + block.n
             return
         except NotFiniteError:
             pass

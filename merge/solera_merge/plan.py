@@ -22,7 +22,7 @@ from solera_core.plan import Plan
 from solera_core.strict import did_you_mean
 from solera_core.version import __version__
 from solera_core.writer import TensorSpec, layout
-from solera_merge.block import BLOCK_ELEMENTS, block_starts
+from solera_merge.block import BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS, block_starts
 from solera_merge.config import MergeConfig
 from solera_merge.config_json import output_config
 from solera_merge.masks import key
@@ -136,6 +136,10 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
         ConfigError: the recipe asks for something impossible or meaningless.
         CheckpointError: a model is missing, damaged or quantised, or the models do not belong together.
     """
+    if ctx.device != "cpu":
+        from solera_merge.torch_twins import open_device
+
+        open_device(ctx.device)  # says what is there if it is not
     models = open_models(config, ctx)
     whole = config.models is not None
     warnings = compare(models, whole=whole, same_tokenizer=config.tokenizer_source is not None)
@@ -149,7 +153,7 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     if ctx.compat is not None:
         from solera_merge.compat import as_mergekit
 
-        tensors = as_mergekit(config, tensors, models, ctx.compat, problems)
+        tensors = as_mergekit(config, tensors, models, ctx, problems)
     problems.raise_any()
     dtype = _main_dtype(tensors)
     content, notes = output_config(models, runs, whole=whole, dtype=_TORCH_NAME[dtype])
@@ -199,27 +203,39 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
             "threads": worker_threads(ctx),
             "memory": budget_bytes(ctx),
             **({} if ctx.compat is None else {"compat": ctx.compat}),
+            **({} if ctx.device == "cpu" else {"device": ctx.device}),
         },
         rows=[_row(tensor, models, list(config.method.parameters)) for tensor in plan.tensors],
         warnings=plan.warnings,
     )
 
 
-def tensor_bytes(tensor: TensorPlan) -> int:
-    """Memory that merging one tensor takes: blocks of float32 of its sources, their raw bytes, and temporaries."""
+def tensor_bytes(tensor: TensorPlan, *, device: str = "cpu") -> int:
+    """Memory that merging one tensor takes: blocks of float32 of its sources, their raw bytes, and temporaries.
+
+    On a device (`Context.device`) that is host memory: two buffers, and results on their way to the disk.
+    """
     if tensor.mergekit is not None:
         from solera_merge.compat import whole_bytes
 
         return whole_bytes(tensor)
     unit = "elements" if tensor.method == COPY else METHODS[tensor.method].unit
-    starts = block_starts(tensor.shape, unit, BLOCK_ELEMENTS)
+    starts = block_starts(tensor.shape, unit, _block_elements(tensor.method, device))
     block = starts[1] - starts[0] if len(starts) > 1 else 0
     return (len(tensor.sources) * 2 + _TEMPORARIES) * block * 4 + len(tensor.models) * _SELECTION_BYTES
 
 
+def _block_elements(method: str, device: str) -> int:
+    if device == "cpu":
+        return BLOCK_ELEMENTS
+    from solera_merge.torch_twins import TWINS
+
+    return DEVICE_BLOCK_ELEMENTS if method in TWINS else BLOCK_ELEMENTS
+
+
 def peak_bytes(tensors: Sequence[TensorPlan], ctx: Context) -> int:
     """Memory of the whole merge: the most hungry tensors side by side, one a thread, within the bound."""
-    needs = sorted((tensor_bytes(tensor) for tensor in tensors), reverse=True)
+    needs = sorted((tensor_bytes(tensor, device=ctx.device) for tensor in tensors), reverse=True)
     return min(sum(needs[: worker_threads(ctx)]), max(budget_bytes(ctx), needs[0] if needs else 0))
 
 
@@ -231,7 +247,7 @@ def budget_bytes(ctx: Context) -> int:
 def require_memory(tensors: Sequence[TensorPlan], ctx: Context) -> None:
     """Raise ResourceError when one tensor alone needs more than the bound."""
     for tensor in tensors:
-        if (need := tensor_bytes(tensor)) > budget_bytes(ctx):
+        if (need := tensor_bytes(tensor, device=ctx.device)) > budget_bytes(ctx):
             raise ResourceError(
                 f"{tensor.name!r} {tensor.shape}: {tensor.method} needs {need / 1e6:.0f} MB for it, and the bound is "
                 f"{budget_bytes(ctx) / 1e6:.0f} MB; raise it with --memory if the machine has more"

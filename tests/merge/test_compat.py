@@ -274,7 +274,7 @@ def test_an_input_that_is_not_finite_is_named(recipe: Recipe, bare_model: Callab
     bad[2, 1] = np.inf
     bare_model(tmp_path / "a", {"w": good, "position_ids": np.arange(4)}, "BF16", num_hidden_layers=0)
     bare_model(tmp_path / "b", {"w": good, "position_ids": np.arange(4)}, "F32", num_hidden_layers=0)
-    damaged = {"w": bad.astype(np.float32), "position_ids": np.arange(4)}
+    damaged: dict[str, Any] = {"w": bad.astype(np.float32), "position_ids": np.arange(4)}
     save_file(damaged, tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
     bare_model(tmp_path / "c", {"w": good * 2, "position_ids": np.arange(4)}, "BF16", num_hidden_layers=0)
     ctx = Context(compat="mergekit", base_dir=tmp_path, reload_check=False)
