@@ -8,8 +8,8 @@ outputs, journal, digests, provenance.
 What cannot be the same, and is refused: methods that draw random numbers (mergekit seeds torch once, so that a mask
 depends on the order in which its scheduler happens to run the tensors, and on torch's number of threads), a
 `tokenizer_source` (mergekit then rebuilds the embeddings), and adapters (mergekit has peft write a merged model first).
-What mergekit itself does not repeat: sums over more than 32,768 elements depend on torch's number of threads
-(OMP_NUM_THREADS), and so does all that follows from a norm (slerp, nuslerp, multislerp, karcher, model_stock, sce).
+What mergekit itself does not repeat: torch splits sums over many elements by its number of threads (OMP_NUM_THREADS),
+so what follows from a norm or a dot product can change with it (slerp, nuslerp, multislerp, karcher, model_stock, sce).
 The bytes are those of a mergekit with the same number. Tables of integers are copied as in every merge.
 
 torch and mergekit are imported by the functions that need them.

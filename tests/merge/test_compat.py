@@ -165,9 +165,15 @@ def test_the_record_says_so(recipe: Recipe, siblings: Siblings, tmp_path: Path) 
     assert drifts[0] == pytest.approx(drifts[1], rel=1e-4)
 
 
-def test_a_run_goes_on_only_with_the_same_compat(recipe: Recipe, siblings: Siblings) -> None:
+def test_a_run_goes_on_only_with_the_same_compat_and_versions(
+    recipe: Recipe, siblings: Siblings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = recipe(merge_method="linear", models=[source(str(siblings[m]), weight=1) for m in "ab"])
-    assert plan_key(*make_plan(config, COMPAT)) != plan_key(*make_plan(config, Context()))
+    key = plan_key(*make_plan(config, COMPAT))
+    assert key == plan_key(*make_plan(config, COMPAT))
+    assert key != plan_key(*make_plan(config, Context()))
+    monkeypatch.setattr("solera_merge.compat.mergekit_versions", lambda: {"mergekit": "0.1.6", "torch": "2.13"})
+    assert key != plan_key(*make_plan(config, COMPAT))
 
 
 def test_threads_change_no_byte(recipe: Recipe, siblings: Siblings, tmp_path: Path) -> None:
