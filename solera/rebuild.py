@@ -35,7 +35,11 @@ def rebuild_problems(directory: Path, ctx: Context) -> list[str]:
         if (p / "config.json").exists() and p != directory.absolute()
     }
     here = replace(
-        ctx, seed=record["seed"], models={**siblings, **ctx.models}, base_dir=read_recipe_dir(directory) or ctx.base_dir
+        ctx,
+        seed=record["seed"],
+        models={**siblings, **ctx.models},
+        base_dir=read_recipe_dir(directory) or ctx.base_dir,
+        compat=record.get("compat", {}).get("with"),
     )
     problems: list[str] = []
     for item in record["inputs"]:

@@ -165,6 +165,21 @@ def test_the_record_says_so(recipe: Recipe, siblings: Siblings, tmp_path: Path) 
     assert drifts[0] == pytest.approx(drifts[1], rel=1e-4)
 
 
+def test_it_can_be_made_again_from_its_record(recipe: Recipe, siblings: Siblings, tmp_path: Path) -> None:
+    from solera.rebuild import rebuild_problems
+
+    config = recipe(
+        merge_method="task_arithmetic",
+        base_model=str(siblings["base"]),
+        models=[source(str(siblings[m]), weight=0.3) for m in "ab"],
+        dtype="bfloat16",
+    )
+    plain = merge(config, tmp_path / "plain", Context())
+    out = merge(config, tmp_path / "out", COMPAT)
+    assert read_provenance(plain)["tensors"] != read_provenance(out)["tensors"]
+    assert rebuild_problems(out, Context()) == []
+
+
 def test_a_run_goes_on_only_with_the_same_compat_and_versions(
     recipe: Recipe, siblings: Siblings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
