@@ -81,7 +81,11 @@ def _prepare(directory: Path, ctx: Context) -> tuple[dict[str, Any], Strict, Con
         if (p / "config.json").exists() and p != directory.absolute()
     }
     here = replace(
-        ctx, seed=record["seed"], models={**siblings, **ctx.models}, base_dir=read_recipe_dir(directory) or ctx.base_dir
+        ctx,
+        seed=record["seed"],
+        models={**siblings, **ctx.models},
+        base_dir=read_recipe_dir(directory) or ctx.base_dir,
+        compat=record.get("compat", {}).get("with"),
     )
     return record, parse(stage_config(kind), record["recipe"], where=f"{directory}/solera.json: recipe"), here
 

@@ -24,6 +24,8 @@ class Context:
         memory_bytes: bound of the anonymous memory of a merge (None: a quarter of what is free, at most 2 GiB).
         reload_check: what was written is loaded through transformers, unless it is proved to load.
         attest: every byte of the inputs is hashed; else large ones are identified by their headers and by samples.
+        compat: reproduce the bytes of another tool, its rounding included: `mergekit`; None: the most exact result.
+        device: where the hot merge methods compute: `cpu`, `cuda`, `cuda:1`, `mps`.
         flush: outputs are on the disk, not only in the system's cache, before they get their name.
         progress: where to report.
     """
@@ -38,5 +40,7 @@ class Context:
     memory_bytes: int | None = None
     reload_check: bool = True
     attest: bool = False
+    compat: str | None = None
+    device: str = "cpu"
     flush: bool = True
     progress: Progress = field(default_factory=Silent)

@@ -91,6 +91,7 @@ def write_provenance(
     inputs: Sequence[InputRecord],
     tensors: Mapping[str, str] | None,
     checks: Mapping[str, Any],
+    compat: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write solera.json as the last file of `directory`, and return its content.
 
@@ -102,6 +103,7 @@ def write_provenance(
         inputs: models and data that went in.
         tensors: digest of every tensor as `CheckpointWriter.finish` gives them; None: the weights are read again.
         checks: what `check_output` returned.
+        compat: the tool whose bytes were reproduced, and the versions that decide about them; None: no such tool.
 
     Raises:
         VerificationError: `tensors` and the weights in the directory are not about the same names.
@@ -121,6 +123,7 @@ def write_provenance(
         "kind": kind,
         "recipe": dict(recipe),
         "seed": seed,
+        **({} if compat is None else {"compat": dict(compat)}),
         "inputs": [asdict(record) for record in inputs],
         "versions": _versions(),
         "tensors": {name: digests[name] for name in sorted(digests)},

@@ -88,7 +88,8 @@ class MergeConfig(Strict):
         slices: runs of layers, stacked in order.
         base_model: the common ancestor; also whose config.json the output gets (else the first model's).
         parameters: of the method, where neither a slice nor a source gives its own.
-        dtype: of the output where `out_dtype` is not given. (mergekit also computes in it; here it is float32 always.)
+        dtype: of the output where `out_dtype` is not given. (mergekit also computes in it; here it is float32,
+            unless the run is asked for mergekit's own bytes: `Context.compat`.)
         out_dtype: of the output; without either, each tensor keeps the widest dtype of its sources.
         tokenizer_source: whose tokenizer is copied: `base` or one of the models; by default the config's owner.
     """

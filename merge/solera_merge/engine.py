@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from solera_merge.memory import Budget, default_memory_bytes, keep_freed_memory
 from solera_merge.methods.catalogue import METHODS
 from solera_merge.plan import COPY, TensorPlan, tensor_bytes
 from solera_merge.streams import RawStream, StreamedTensor
+
+if TYPE_CHECKING:
+    from solera_merge.torch_twins import Device
 
 __all__ = ["execute", "merge_tensor"]
 
@@ -41,11 +44,12 @@ def execute(
     progress: Progress,
     memory_bytes: int | None = None,
     block_elements: int = BLOCK_ELEMENTS,
+    device: "Device | None" = None,
 ) -> None:
     """Merge all tensors into the writer, the largest first (so that no thread is left alone with one at the end).
 
     Tensors that the writer has from a killed run are left as they are. `memory_bytes` bounds what the threads hold
-    together: where not all of them fit, some wait.
+    together: where not all of them fit, some wait. The methods that `device` has are computed there.
 
     Raises:
         CheckpointError: an input is not finite, or changed since it was planned; the error that came first is raised,
@@ -76,11 +80,18 @@ def execute(
 
             def work(tensor: TensorPlan) -> None:
                 finding = findings.get(tensor.name)
+                need = tensor_bytes(tensor, device="cpu" if device is None else device.name)
                 try:
-                    with budget.take(tensor_bytes(tensor)):
+                    with budget.take(need):
                         advance(0)  # another thread may have failed while this one waited
                         merge_tensor(
-                            tensor, checkpoints, writer, advance, finding=finding, block_elements=block_elements
+                            tensor,
+                            checkpoints,
+                            writer,
+                            advance,
+                            finding=finding,
+                            block_elements=block_elements,
+                            device=device,
                         )
                 except BaseException as e:
                     with lock:
@@ -117,6 +128,7 @@ def merge_tensor(
     *,
     finding: Any = None,
     block_elements: int = BLOCK_ELEMENTS,
+    device: "Device | None" = None,
 ) -> None:
     """Merge one tensor, completely.
 
@@ -127,18 +139,24 @@ def merge_tensor(
         advance: told the bytes of input that are done.
         finding: what the method's survey over the whole model found for this tensor.
         block_elements: elements a block; a multiple of CHUNK_ELEMENTS.
+        device: computes the methods that it has; None: all on the CPU.
 
     Raises:
         CheckpointError: naming the model's file, the tensor and the place of a NaN or infinity; or a tensor that should
             be equal in all models is not.
     """
+    if tensor.mergekit is not None:
+        from solera_merge.compat import merge_whole
+
+        merge_whole(tensor, checkpoints, writer, advance)
+        return
     if block_elements % CHUNK_ELEMENTS:
         raise ValueError(f"block_elements must be a multiple of {CHUNK_ELEMENTS}, found {block_elements}")
     if tensor.method == COPY:
         _copy(tensor, checkpoints, writer, advance, block_elements)
         return
     if finding is None and _is_plain(tensor, checkpoints):
-        _merge_raw(tensor, checkpoints, writer, advance, block_elements)
+        _merge_raw(tensor, checkpoints, writer, advance, block_elements, device)
         return
     _merge_blocks(tensor, checkpoints, writer, advance, finding, block_elements)
 
@@ -192,10 +210,11 @@ def _survey(
 ) -> dict[str, Any]:
     """What the methods' surveys over the whole model find, by tensor; empty for methods without one."""
     findings: dict[str, Any] = {}
-    for name in dict.fromkeys(tensor.method for tensor in tensors if tensor.method != COPY):
+    ours = [tensor for tensor in tensors if tensor.method != COPY and tensor.mergekit is None]
+    for name in dict.fromkeys(tensor.method for tensor in ours):
         survey = METHODS[name].survey
         if survey is not None:
-            mine = [tensor for tensor in tensors if tensor.method == name]
+            mine = [tensor for tensor in ours if tensor.method == name]
             streams = [StreamedTensor(tensor, checkpoints, block_elements, advance) for tensor in mine]
             found = survey(streams, [tensor.parameters for tensor in mine])
             findings.update(zip((tensor.name for tensor in mine), found, strict=True))
@@ -220,27 +239,28 @@ def _merge_raw(
     writer: CheckpointWriter,
     advance: Callable[[int], None],
     block_elements: int,
+    device: "Device | None",
 ) -> None:
-    """Through the fused twin of the formula: the same bits, sooner."""
-    from solera_merge.fused import FUSED, NotFiniteError
-    from solera_merge.kernels.formats import CODES
+    """Through a twin of the formula, compiled or on a device: the same bits, sooner."""
+    from solera_merge.fused import NotFiniteError, merged_blocks
 
     method = METHODS[tensor.method]
     keywords = {method.parameters[name].keyword: value for name, value in tensor.parameters.items()}
-    code, width = CODES[tensor.dtype], ITEM_BYTES[tensor.dtype]
-    with RawStream(tensor, checkpoints, block_elements, advance) as raw:
-        out = np.empty(raw.step * width, np.uint8)
+    if device is not None and device.has(tensor.method):
+        twin = device.merged_blocks
+        stream = RawStream(tensor, checkpoints, device.block_elements, advance, buffers=2, buffer=device.buffer)
+    else:
+        twin = merged_blocks
+        stream = RawStream(tensor, checkpoints, block_elements, advance)
+    with stream as raw:
         drift = np.zeros(2)
         start = 0
         try:
-            formula = FUSED[tensor.method](raw, **keywords)
-            for block in raw.blocks():
-                start = block.start
-                if formula(block, out, code, drift):
-                    raise NotFiniteError
+            for block, out in twin(tensor.method, raw, tensor.dtype, keywords, drift):
                 writer.annotate(tensor.name, relative(drift))
-                writer.write_raw(tensor.name, start, out[: block.n * width], checked=True)
+                writer.write_raw(tensor.name, block.start, out, checked=True)
                 raw.advance(block)
+                start = block.start + block.n
             return
         except NotFiniteError:
             pass

@@ -8,12 +8,14 @@ float32, float16 or bfloat16; everything else goes through the readable function
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol, TypeAlias, TypedDict, Unpack
+from typing import Any, Protocol, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
+from solera_core.dtypes import ITEM_BYTES
 from solera_merge.block import CHUNK_ELEMENTS
+from solera_merge.kernels.formats import CODES
 from solera_merge.kernels.norms import norms_and_dots
 from solera_merge.kernels.selection import TABLES, collect_bin, count_lower, count_upper, find_equal
 from solera_merge.kernels.sparsified import merge_largest, merge_random
@@ -24,7 +26,7 @@ from solera_merge.reduction import LANES, root_sums
 from solera_merge.selection import KEEP_ALL, KEEP_NONE, LOWER, UPPER, Cut, count_kept, descend
 from solera_merge.task_vectors import rescale_factors
 
-__all__ = ["FUSED", "NotFiniteError", "RawBlock", "RawFormula", "RawTensor"]
+__all__ = ["FUSED", "Drift", "NotFiniteError", "RawBlock", "RawFormula", "RawTensor", "merged_blocks"]
 
 _COLLECTED = 1 << 18  # elements of a bin that are held in memory to be ranked: 2.5 MB
 
@@ -56,6 +58,11 @@ class RawTensor(Protocol):
     @property
     def size(self) -> int:
         """Number of elements."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Elements a block, at most."""
         ...
 
     @property
@@ -173,6 +180,33 @@ FUSED: Mapping[str, Callable[..., RawFormula]] = MappingProxyType(
     {f.__name__: f for f in (linear, passthrough, slerp, task_arithmetic, ties, dare_ties, dare_linear)}
 )
 """By the name of the method."""
+
+
+def merged_blocks(
+    method: str, tensor: RawTensor, dtype: str, keywords: Mapping[str, Any], drift: Drift
+) -> Iterator[tuple[RawBlock, npt.NDArray[np.uint8]]]:
+    """Every block of the result, in order, each valid until the next.
+
+    Args:
+        method: one of `FUSED`.
+        tensor: all its sources.
+        dtype: of the result, by safetensors name.
+        keywords: parameters of the method.
+        drift: see `RawFormula`; complete up to the block that was given last.
+
+    Yields:
+        Where the block belongs, and its bytes.
+
+    Raises:
+        NotFiniteError: an input or the result is not finite in the block behind the one that was given last.
+    """
+    formula = FUSED[method](tensor, **keywords)
+    width = ITEM_BYTES[dtype]
+    out = np.empty(tensor.step * width, np.uint8)
+    for block in tensor.blocks():
+        if formula(block, out, CODES[dtype], drift):
+            raise NotFiniteError
+        yield block, out[: block.n * width]
 
 
 def largest_deltas(tensor: RawTensor, densities: Sequence[float]) -> list[Cut]:

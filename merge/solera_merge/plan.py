@@ -24,7 +24,7 @@ from solera_core.sidecars import tokenizer_files
 from solera_core.strict import did_you_mean
 from solera_core.version import __version__
 from solera_core.writer import TensorSpec, layout
-from solera_merge.block import BLOCK_ELEMENTS, block_starts
+from solera_merge.block import BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS, block_starts
 from solera_merge.config import MergeConfig
 from solera_merge.config_json import output_config
 from solera_merge.masks import key
@@ -81,6 +81,8 @@ class TensorPlan:
         models: the other sources, in the order of the recipe.
         parameters: by name in a recipe; a tuple has one value a model.
         keys: a random key a model.
+        mergekit: the number format in which mergekit's own method computes it (`solera_merge.compat`); None: the method
+            of the catalogue does, in float32.
     """
 
     name: str
@@ -91,6 +93,7 @@ class TensorPlan:
     models: tuple[SourceTensor, ...]
     parameters: Mapping[str, Any]
     keys: tuple[int, ...]
+    mergekit: str | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -137,6 +140,10 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
         ConfigError: the recipe asks for something impossible or meaningless.
         CheckpointError: a model is missing, damaged or quantised, or the models do not belong together.
     """
+    if ctx.device != "cpu":
+        from solera_merge.torch_twins import open_device
+
+        open_device(ctx.device)  # says what is there if it is not
     models = open_models(config, ctx)
     whole = config.models is not None
     warnings = compare(models, whole=whole, same_tokenizer=config.tokenizer_source is not None)
@@ -147,6 +154,10 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     problems = Problems()
     _check_shapes(targets, models, problems)
     tensors = _tensor_plans(config, targets, resolved, models, ctx.seed, problems)
+    if ctx.compat is not None:
+        from solera_merge.compat import as_mergekit
+
+        tensors = as_mergekit(config, tensors, models, ctx, problems)
     problems.raise_any()
     dtype = _main_dtype(tensors)
     content, notes = output_config(models, runs, whole=whole, dtype=_TORCH_NAME[dtype])
@@ -172,7 +183,12 @@ def plan_key(plan: MergePlan, models: Models) -> str:
     """What a killed run and this one must have in common for this one to go on: plan, inputs, version."""
     inputs = [checkpoint.fingerprint() for checkpoint in models.checkpoints]
     sidecars = [[str(file), *astuple(stamp(file))] for file in plan.sidecars]  # else copies of others would be left
-    return json_digest([__version__, repr(plan.tensors), dict(plan.config), sidecars, inputs])
+    key = [__version__, repr(plan.tensors), dict(plan.config), sidecars, inputs]
+    if any(tensor.mergekit is not None for tensor in plan.tensors):
+        from solera_merge.compat import mergekit_versions
+
+        key.append(mergekit_versions())
+    return json_digest(key)
 
 
 def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context) -> Plan:
@@ -206,24 +222,41 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
             "seed": ctx.seed,
             "threads": worker_threads(ctx),
             "memory": budget_bytes(ctx),
+            **({} if ctx.compat is None else {"compat": ctx.compat}),
+            **({} if ctx.device == "cpu" else {"device": ctx.device}),
         },
         rows=[_row(tensor, models, list(config.method.parameters)) for tensor in plan.tensors],
         warnings=plan.warnings,
     )
 
 
-def tensor_bytes(tensor: TensorPlan) -> int:
-    """Memory that merging one tensor takes: blocks of its sources, stored and in float32, and temporaries."""
+def tensor_bytes(tensor: TensorPlan, *, device: str = "cpu") -> int:
+    """Memory that merging one tensor takes: blocks of its sources, stored and in float32, and temporaries.
+
+    On a device (`Context.device`) that is host memory: two buffers, and results on their way to the disk.
+    """
+    if tensor.mergekit is not None:
+        from solera_merge.compat import whole_bytes
+
+        return whole_bytes(tensor)
     unit = "elements" if tensor.method == COPY else METHODS[tensor.method].unit_of(tensor.name, tensor.shape)
-    starts = block_starts(tensor.shape, unit, BLOCK_ELEMENTS)
+    starts = block_starts(tensor.shape, unit, _block_elements(tensor.method, device))
     block = starts[1] - starts[0] if len(starts) > 1 else 0
     item_bytes = _SVD_BYTES if unit == "matrices" else 4
     return (len(tensor.sources) * 2 + _TEMPORARIES) * block * item_bytes + len(tensor.models) * _SELECTION_BYTES
 
 
+def _block_elements(method: str, device: str) -> int:
+    if device == "cpu":
+        return BLOCK_ELEMENTS
+    from solera_merge.torch_twins import TWINS
+
+    return DEVICE_BLOCK_ELEMENTS if method in TWINS else BLOCK_ELEMENTS
+
+
 def peak_bytes(tensors: Sequence[TensorPlan], ctx: Context) -> int:
     """Memory of the whole merge: the most hungry tensors side by side, one a thread, within the bound."""
-    needs = sorted((tensor_bytes(tensor) for tensor in tensors), reverse=True)
+    needs = sorted((tensor_bytes(tensor, device=ctx.device) for tensor in tensors), reverse=True)
     return min(sum(needs[: worker_threads(ctx)]), max(budget_bytes(ctx), needs[0] if needs else 0))
 
 
@@ -236,7 +269,7 @@ def require_memory(tensors: Sequence[TensorPlan], ctx: Context) -> None:
     """Raise ResourceError when one tensor alone needs more than the bound."""
     bound = budget_bytes(ctx)
     for tensor in tensors:
-        if (need := tensor_bytes(tensor)) > bound:
+        if (need := tensor_bytes(tensor, device=ctx.device)) > bound:
             raise ResourceError(
                 f"{tensor.name!r} {tensor.shape}: {tensor.method} needs {need / 1e6:.0f} MB for it, and the bound is "
                 f"{bound / 1e6:.0f} MB; raise it with --memory if the machine has more"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from solera_core.context import Context
 from solera_core.output import check_output, input_record, write_metadata, write_provenance
@@ -11,11 +11,24 @@ from solera_core.plan import Plan
 from solera_core.reload_check import ReloadCheck
 from solera_core.staging import check_apart, check_target, require_disk, staged
 from solera_core.writer import CheckpointWriter
+from solera_merge.compat import mergekit_versions
 from solera_merge.config import MergeConfig
 from solera_merge.drift import drift_report
 from solera_merge.engine import execute
 from solera_merge.models import Models
-from solera_merge.plan import MergePlan, budget_bytes, describe, make_plan, plan_key, require_memory, worker_threads
+from solera_merge.plan import (
+    COPY,
+    MergePlan,
+    budget_bytes,
+    describe,
+    make_plan,
+    plan_key,
+    require_memory,
+    worker_threads,
+)
+
+if TYPE_CHECKING:
+    from solera_merge.torch_twins import Device
 
 __all__ = ["merge", "plan_merge"]
 
@@ -73,6 +86,7 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
             threads=worker_threads(ctx),
             memory_bytes=budget_bytes(ctx),
             progress=ctx.progress,
+            device=_device(plan, ctx),
         )
         inputs = [input_record(checkpoint, attest=ctx.attest) for checkpoint in models.checkpoints]
         for checkpoint in models.checkpoints:
@@ -92,6 +106,7 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
             inputs=inputs,
             tensors=digests,
             checks=checks,
+            compat=None if ctx.compat is None else {"with": ctx.compat, **mergekit_versions()},
         )
     return out
 
@@ -103,6 +118,19 @@ def _fetch(models: Models, plan: MergePlan, out: Path, ctx: Context) -> None:
         if nbytes := checkpoint.missing_bytes:
             ctx.progress.note(f"{checkpoint.ref}: downloading {nbytes / 1e9:.3f} GB")
         checkpoint.fetch()
+
+
+def _device(plan: MergePlan, ctx: Context) -> "Device | None":
+    """Where the hot methods compute; says which ones it does not have."""
+    if ctx.device == "cpu":
+        return None
+    from solera_merge.torch_twins import open_device
+
+    device = open_device(ctx.device)
+    for method in dict.fromkeys(tensor.method for tensor in plan.tensors):
+        if method != COPY and not device.has(method):
+            ctx.progress.note(f"{method}: is not made for {ctx.device}, and runs on the CPU")
+    return device
 
 
 def _reload_check(

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from solera_core.checkpoint import Checkpoint, TensorInfo
 from solera_core.dtypes import ITEM_BYTES
@@ -17,7 +18,7 @@ from solera_merge.plan import SourceTensor, TensorPlan
 if TYPE_CHECKING:
     from solera_merge.fused import RawBlock
 
-__all__ = ["RawStream", "StreamedTensor"]
+__all__ = ["RawStream", "StreamedTensor", "refuse"]
 
 
 class StreamedTensor:
@@ -64,7 +65,7 @@ class StreamedTensor:
             def read_any(start: int, stop: int) -> Float32:
                 values = checkpoint.read_flat(source.name, start, stop)
                 if not np.isfinite(values).all():
-                    _refuse(values, checkpoint, info, start)
+                    refuse(values, checkpoint, info, start)
                 return values
 
             return read_any
@@ -76,17 +77,33 @@ class StreamedTensor:
             file.read_into(info.begin + start * width, raw)
             values = np.empty(stop - start, np.float32)
             if widen(raw, code, 0, stop - start, values):
-                _refuse(values, checkpoint, info, start)
+                refuse(values, checkpoint, info, start)
             return values
 
         return read_plain
 
 
 class RawStream:
-    """`solera_merge.fused.RawTensor` over files; every block is read into the same buffers. A context manager."""
+    """`solera_merge.fused.RawTensor` over files; a context manager.
+
+    Args:
+        tensor: its plan.
+        checkpoints: the models of the merge.
+        step: elements a block.
+        advance: as for `StreamedTensor`.
+        buffers: how many there are, used in turn; a block is valid until its buffer's next turn.
+        buffer: makes one of [rows, bytes].
+    """
 
     def __init__(
-        self, tensor: TensorPlan, checkpoints: Sequence[Checkpoint], step: int, advance: Callable[[int], None]
+        self,
+        tensor: TensorPlan,
+        checkpoints: Sequence[Checkpoint],
+        step: int,
+        advance: Callable[[int], None],
+        *,
+        buffers: int = 1,
+        buffer: Callable[[int, int], npt.NDArray[np.uint8]] | None = None,
     ) -> None:
         from solera_merge.kernels.formats import CODES
 
@@ -96,7 +113,8 @@ class RawStream:
         self._sources = [(checkpoints[s.model], checkpoints[s.model].tensors[s.name]) for s in tensor.sources]
         self._codes = np.array([CODES[info.dtype] for _, info in self._sources], np.int64)
         self._widths = [ITEM_BYTES[info.dtype] for _, info in self._sources]
-        self._rows = np.empty((len(self._sources), self.step * max(self._widths)), np.uint8)
+        rows, width = len(self._sources), self.step * max(self._widths)
+        self._buffers = [buffer(rows, width) if buffer else np.empty((rows, width), np.uint8) for _ in range(buffers)]
         self._advance = advance
         self._files = ExitStack()
 
@@ -113,13 +131,13 @@ class RawStream:
         """One pass."""
         from solera_merge.fused import RawBlock
 
-        parts = list(zip(self._sources, self._readers, self._rows, self._widths, strict=True))
-        for start in range(0, self.size, self.step):
+        parts = list(zip(self._sources, self._readers, self._widths, strict=True))
+        for start, rows in zip(range(0, self.size, self.step), cycle(self._buffers), strict=False):
             n = min(self.step, self.size - start)
-            for (_, info), reader, row, width in parts:
+            for ((_, info), reader, width), row in zip(parts, rows, strict=True):
                 reader.read_into(info.begin + start * width, row[: n * width])
             self._advance(0)
-            yield RawBlock(start, n, self._rows, self._codes)
+            yield RawBlock(start, n, rows, self._codes)
 
     def advance(self, block: "RawBlock") -> None:
         """Say that a block is done."""
@@ -132,7 +150,8 @@ def _open(checkpoint: Checkpoint, info: TensorInfo) -> RangeReader:
     return reader
 
 
-def _refuse(values: Float32, checkpoint: Checkpoint, info: TensorInfo, start: int) -> None:
+def refuse(values: Float32, checkpoint: Checkpoint, info: TensorInfo, start: int) -> None:
+    """Raise CheckpointError for the first of these values of a tensor, from element `start` on, that is not finite."""
     place = int(np.argmin(np.isfinite(values)))
     index = tuple(int(i) for i in np.unravel_index(start + place, info.shape))
     raise CheckpointError(
