@@ -16,5 +16,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def kernel(function: F) -> F:
-    """`function`, compiled at its first call and cached beside its source (or in the user's cache directory)."""
-    return cast("F", numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+    """`function`, compiled at its first call and cached beside its source (or in the user's cache directory).
+
+    Where neither can be written (a read-only installation without a home) it is compiled anew in every process.
+    """
+    try:
+        return cast("F", numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+    except RuntimeError:  # numba: no locator available
+        return cast("F", numba.njit(nogil=True, error_model="numpy")(function))
