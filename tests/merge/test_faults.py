@@ -448,16 +448,17 @@ def test_a_mount_that_is_gone_before_the_plan(
     assert f"cannot be read: {os.strerror(errno.ENOTCONN)}" in message
 
 
+@pytest.mark.parametrize("step", ["require_memory", "write_metadata"])
 def test_a_tokenizer_that_goes_away_after_the_plan(
-    fails: Fails, damaged: Path, monkeypatch: pytest.MonkeyPatch
+    fails: Fails, damaged: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    real = run.require_memory
+    real = getattr(run, step)
 
-    def require_memory(*arguments: Any) -> None:
+    def just_before(*arguments: Any, **options: Any) -> None:
         (damaged / "tokenizer.json").unlink(missing_ok=True)
-        real(*arguments)
+        real(*arguments, **options)
 
-    monkeypatch.setattr(run, "require_memory", require_memory)
+    monkeypatch.setattr(run, step, just_before)
     message = fails(CheckpointError, planned=False, **LINEAR, models=["damaged", "b"])
     assert f"{damaged / 'tokenizer.json'}: cannot be read: No such file" in message
 
