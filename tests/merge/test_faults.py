@@ -56,7 +56,7 @@ import numpy as np
 import pytest
 
 from solera_core import checkpoint as core_checkpoint
-from solera_core import sources
+from solera_core import shards, sources
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError, ConfigError, DiskFullError, ResourceError, SoleraError
@@ -101,6 +101,10 @@ def edit_weights(model: Path, change: Callable[[dict[str, Any]], None]) -> None:
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
+def adding(more: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    return lambda tensors: tensors.update(more)
+
+
 def stored_dtypes(directory: Path) -> dict[str, str]:
     return {name: info.dtype for name, info in open_checkpoint(directory, Context()).tensors.items()}
 
@@ -140,7 +144,7 @@ def test_tensors_that_no_list_knows_are_merged(recipe: Recipe, siblings: Sibling
     extra = "model.layers.1.self_attn.q_norm.weight"
     for name, value in (("a", 1.0), ("b", 3.0)):
         model = Path(shutil.copytree(siblings[name], tmp_path / name))
-        edit_weights(model, lambda tensors, v=value: tensors.update({extra: np.full(8, v, np.float32)}))
+        edit_weights(model, adding({extra: np.full(8, value, np.float32)}))
     out = merge(recipe(**LINEAR, models=["a", "b"]), tmp_path / "out", Context(base_dir=tmp_path))
     assert open_checkpoint(out, Context()).read(extra).tolist() == [2.0] * 8
 
@@ -405,7 +409,7 @@ def test_a_mount_that_goes_away_when_a_file_is_opened(
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return real(target, *arguments, **options)
 
-    real_execute = run.execute
+    real_execute = engine.execute
 
     def execute(*arguments: Any, **options: Any) -> None:
         armed.set()
@@ -493,7 +497,7 @@ def test_a_file_that_is_replaced_while_it_is_opened(
 ) -> None:
     """The header was that of another file: what is read later must not be taken for its tensors."""
     file = damaged / "model.safetensors"
-    real = sources.read_headers
+    real = shards.read_headers
 
     def read_headers(weights: Any) -> Any:
         headers = real(weights)
