@@ -42,9 +42,9 @@ class ReloadCheck:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.communicate()
+        if self._process is not None:
+            with self._process:  # closes its pipes, also where it has ended and nobody asked for the result
+                self._process.kill()
 
     def result(self) -> dict[str, list[str]]:
         """`{"missing": [], "unexpected": [], "mismatched": []}`; waits for the process.

@@ -22,7 +22,7 @@ from solera_merge.kernels.sparsified import merge_largest, merge_random
 from solera_merge.kernels.sums import weighted_deltas, weighted_sum
 from solera_merge.masks import split_key, threshold
 from solera_merge.methods.slerp import coefficients
-from solera_merge.reduction import LANES, root_sums
+from solera_merge.reduction import LANES, add_parts, root_sums
 from solera_merge.selection import KEEP_ALL, KEEP_NONE, LOWER, UPPER, Cut, count_kept, descend
 from solera_merge.task_vectors import rescale_factors
 
@@ -100,13 +100,14 @@ def passthrough(_tensor: RawTensor, /, *, scale: Sequence[float]) -> RawFormula:
 
 def slerp(tensor: RawTensor, /, *, t: float) -> RawFormula:
     """As `methods.slerp`."""
-    parts: list[npt.NDArray[np.float64]] = []
+    base, model, product = list[float](), list[float](), list[float]()
     for block in tensor.blocks():
         sums = np.empty((3, -(-block.n // CHUNK_ELEMENTS)))
         if norms_and_dots(block.raw, block.codes, block.n, CHUNK_ELEMENTS, LANES, sums):
             raise NotFiniteError
-        parts.append(sums)
-    c_base, c_model = coefficients(t, *root_sums(*(np.concatenate([p[i] for p in parts]) for i in range(3))))
+        for parts, more in zip((base, model, product), sums.tolist(), strict=True):
+            add_parts(parts, more)
+    c_base, c_model = coefficients(t, *root_sums(base, model, product))
     factors = np.array([c_model, c_base], np.float32)  # a sum of two has the same bits in either order
     return lambda b, out, code, drift: weighted_sum(b.raw, b.codes, b.n, factors, _one, out, code, drift, 1)
 

@@ -7,10 +7,12 @@ import numpy as np
 
 from solera_merge.block import CHUNK_ELEMENTS, Block, Float32, Tensor
 
-__all__ = ["LANES", "gram", "norms_and_dot", "root_sums", "sums_of_squares"]
+__all__ = ["LANES", "add_parts", "gram", "norms_and_dot", "root_sums", "sums_of_squares"]
 
 LANES = 32
 """Partial sums of a chunk."""
+
+_PARTS = 1024  # sums of chunks that are held before they are added up: 32 KB
 
 
 def norms_and_dot(tensor: Tensor) -> tuple[float, float, float]:
@@ -40,8 +42,28 @@ def _products(blocks: Iterable[Sequence[Float32]], count: int) -> list[list[floa
     for block in blocks:
         for i, row in enumerate(parts):
             for j, part in enumerate(row):
-                part += _chunk_dots(block[i], block[j])
+                add_parts(part, _chunk_dots(block[i], block[j]))
     return [[math.fsum(parts[max(i, j)][min(i, j)]) for j in range(count)] for i in range(count)]
+
+
+def add_parts(parts: list[float], more: Iterable[float]) -> None:
+    """Append to the numbers whose exact sum is wanted; many of them are replaced by a few with the same exact sum.
+
+    So what is held does not grow with the tensor, and the last bit is as if all were held: math.fsum rounds the exact
+    sum; what it has rounded off is again a sum, and so on until nothing is left.
+
+    Example:
+        >>> parts = [1e16]
+        >>> add_parts(parts, [1.0] * 2000)
+        >>> len(parts), math.fsum(parts)
+        (1, 1.0000000000002e+16)
+    """
+    parts += more
+    if len(parts) > _PARTS:
+        exact: list[float] = []
+        while (rest := math.fsum([*parts, *(-x for x in exact)])) != 0:
+            exact.append(rest)
+        parts[:] = exact
 
 
 def root_sums(
@@ -63,7 +85,7 @@ def sums_of_squares(tensor: Tensor, vectors: Callable[[Block], Sequence[Float32]
         found = vectors(block)
         sums = sums or [[] for _ in found]
         for partial_sums, x in zip(sums, found, strict=True):
-            partial_sums += _chunk_dots(x, x)
+            add_parts(partial_sums, _chunk_dots(x, x))
     return [math.fsum(partial_sums) for partial_sums in sums]
 
 

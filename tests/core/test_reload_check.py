@@ -72,3 +72,16 @@ def test_leaving_ends_the_process(siblings: dict[str, Path], monkeypatch: pytest
         assert check._process is not None
         assert check._process.poll() is None
     assert check._process.poll() is not None
+
+
+def test_a_check_that_has_ended_leaves_no_pipe_open(siblings: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merge failed meanwhile, so nobody asked for the result."""
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    with ReloadCheck(siblings["a"], trust_remote_code=False) as check:
+        process = check._process
+        assert process is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.wait()
+    assert process.stdout.closed
+    assert process.stderr.closed

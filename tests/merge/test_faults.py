@@ -61,7 +61,7 @@ from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError, ConfigError, DiskFullError, ResourceError, SoleraError
 from solera_core.output import verify
-from solera_merge import engine, plan, run
+from solera_merge import engine, run
 from solera_merge.config import MergeConfig
 from solera_merge.methods.catalogue import METHODS
 from solera_merge.methods.signature import REQUIRED
@@ -99,6 +99,10 @@ def edit_weights(model: Path, change: Callable[[dict[str, Any]], None]) -> None:
     tensors = load_file(model / "model.safetensors")
     change(tensors)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def adding(more: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    return lambda tensors: tensors.update(more)
 
 
 def stored_dtypes(directory: Path) -> dict[str, str]:
@@ -140,8 +144,7 @@ def test_tensors_that_no_list_knows_are_merged(recipe: Recipe, siblings: Sibling
     extra = "model.layers.1.self_attn.q_norm.weight"
     for name, value in (("a", 1.0), ("b", 3.0)):
         model = Path(shutil.copytree(siblings[name], tmp_path / name))
-        addition = {extra: np.full(8, value, np.float32)}
-        edit_weights(model, lambda tensors: tensors.update(addition))  # noqa: B023  # called at once
+        edit_weights(model, adding({extra: np.full(8, value, np.float32)}))
     out = merge(recipe(**LINEAR, models=["a", "b"]), tmp_path / "out", Context(base_dir=tmp_path))
     assert open_checkpoint(out, Context()).read(extra).tolist() == [2.0] * 8
 
@@ -450,16 +453,17 @@ def test_a_mount_that_is_gone_before_the_plan(
     assert f"cannot be read: {os.strerror(errno.ENOTCONN)}" in message
 
 
+@pytest.mark.parametrize("step", ["require_memory", "write_metadata"])
 def test_a_tokenizer_that_goes_away_after_the_plan(
-    fails: Fails, damaged: Path, monkeypatch: pytest.MonkeyPatch
+    fails: Fails, damaged: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    real = plan.require_memory
+    real = getattr(run, step)
 
-    def require_memory(*arguments: Any) -> None:
+    def just_before(*arguments: Any, **options: Any) -> None:
         (damaged / "tokenizer.json").unlink(missing_ok=True)
-        real(*arguments)
+        real(*arguments, **options)
 
-    monkeypatch.setattr(run, "require_memory", require_memory)
+    monkeypatch.setattr(run, step, just_before)
     message = fails(CheckpointError, planned=False, **LINEAR, models=["damaged", "b"])
     assert f"{damaged / 'tokenizer.json'}: cannot be read: No such file" in message
 

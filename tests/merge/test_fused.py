@@ -1,5 +1,8 @@
 """Every fused twin against its readable method: the same bits, whatever the formats, shapes and parameters."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +17,12 @@ from solera_core.dtypes import ITEM_BYTES, from_float32, nonfinite, to_float32
 from solera_merge.block import CHUNK_ELEMENTS
 from solera_merge.fused import FUSED, NotFiniteError, RawBlock
 from solera_merge.kernels.formats import CODES, PIECE, narrow, widen
+from solera_merge.kernels.selection import collect_bin, find_equal
+from solera_merge.kernels.sparsified import merge_largest
+from solera_merge.masks import bernoulli
 from solera_merge.methods.catalogue import METHODS
+from solera_merge.selection import Cut
+from solera_merge.signs import disjoint_merge
 
 F32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -185,3 +193,68 @@ def test_all_numbers_of_the_format(dtype: str) -> None:
             right = to_float32(part_bytes, dtype)
             finite = np.isfinite(right)
             assert np.array_equal(piece[:n].view(np.uint32)[finite], right.view(np.uint32)[finite])
+
+
+def test_without_a_place_for_compiled_code() -> None:
+    """A read-only installation without a home directory: numba finds no place for its cache."""
+    code = (
+        "import numba.core.caching as caching\n"
+        "getattr(caching, 'CacheImpl', getattr(caching, '_CacheImpl', None))._locator_classes = []\n"
+        "import numpy as np\n"
+        "from solera_merge.kernels.formats import widen\n"
+        "out = np.empty(2, np.float32)\n"
+        "print(widen(np.array([1, 2], np.float32).view(np.uint8), 0, 0, 2, out), out.tolist())\n"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == "False [1.0, 2.0]\n", done.stderr
+
+
+# Tensors of more elements than 32 bits can count: the kernels are given blocks from far behind.
+
+FAR = (1 << 33) + 5 * CHUNK_ELEMENTS
+
+
+def deltas_of_few_magnitudes() -> tuple[list[F32], F32]:
+    rng = np.random.default_rng(0)
+    base = np.zeros(CHUNK_ELEMENTS, np.float32)
+    return [(np.round(rng.standard_normal(base.size) * 2) / 2).astype(np.float32) for _ in range(2)], base
+
+
+def far_block(models: list[F32], base: F32) -> RawBlock:
+    return RawBlock(FAR, base.size, np.stack([*models, base]).view(np.uint8), np.zeros(len(models) + 1, np.int64))
+
+
+@pytest.mark.parametrize("method", ["dare_ties"])
+def test_random_masks_far_behind(method: str) -> None:
+    models, base = deltas_of_few_magnitudes()
+    parameters = PARAMETERS[method][0] | {"weight": (1.0, 1.0), "density": (0.5, 0.5)}
+    tensor = RawInMemory([], [], FAR + base.size, ((1 << 127) + 5, 6), CHUNK_ELEMENTS)
+    out = np.empty(base.size * 4, np.uint8)
+    raw = far_block(models, base)
+    assert FUSED[method](tensor, **parameters)(raw, out, CODES["F32"], np.zeros(2)) == 0
+    keep = [bernoulli(key, FAR, base.size, 0.5) for key in tensor.keys]
+    assert not np.array_equal(keep[0], bernoulli(tensor.keys[0], FAR % (1 << 32), base.size, 0.5))
+    kept = [m * k * np.float32(2) for m, k in zip(models, keep, strict=True)]
+    expected = base + disjoint_merge(kept, (1.0, 1.0), normalize=False, scale=1.0)
+    assert out.tobytes() == expected.tobytes()
+
+
+def test_selection_far_behind() -> None:
+    """Of equal magnitudes those up to a place are kept, and the place does not fit into 32 bits."""
+    models, base = deltas_of_few_magnitudes()
+    raw = far_block(models, base)
+    bits = int(np.float32(0.5).view(np.uint32))
+    equal = np.flatnonzero(np.abs(models[1]) == np.float32(0.5))
+    places, lower = np.empty(base.size, np.int64), np.empty(base.size, np.uint16)
+    found = collect_bin(raw.raw, raw.codes, raw.n, 1, FAR, bits >> 16, places, lower, 0)
+    assert places[:found].tolist() == (FAR + equal).tolist()
+    assert find_equal(raw.raw, raw.codes, raw.n, 1, bits, 7) == (equal[6], 7)
+    cut = Cut(bits, FAR + int(equal[6]))
+    out = np.empty(base.size * 4, np.uint8)
+    limits, last = np.array([bits, bits], np.uint32), np.array([cut.last, cut.last], np.int64)
+    weight, one = np.ones(2, np.float32), np.float32(1)
+    bad = merge_largest(raw.raw, raw.codes, raw.n, FAR, limits, last, weight, False, one, out, 0, np.zeros(2))
+    assert bad == 0
+    kept = [m * cut.keeps(m, FAR) for m in models]
+    assert out.tobytes() == (base + disjoint_merge(kept, (1.0, 1.0), normalize=False, scale=1.0)).tobytes()

@@ -1,11 +1,13 @@
 import math
+import tracemalloc
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from solera_merge.block import CHUNK_ELEMENTS
-from solera_merge.reduction import LANES, norms_and_dot, sums_of_squares
+from solera_merge.block import CHUNK_ELEMENTS, Block, Unit
+from solera_merge.reduction import _PARTS, LANES, add_parts, norms_and_dot, sums_of_squares
 
 
 def test_block_size_changes_no_bit_of_the_sums(in_memory: Any) -> None:
@@ -55,3 +57,37 @@ def test_sums_of_squares(in_memory: Any) -> None:
 def test_sums_of_squares_of_nothing(in_memory: Any) -> None:
     empty = np.zeros((0,), np.float32)
     assert sums_of_squares(in_memory([empty, empty], empty), lambda block: block.deltas) == []
+
+
+@pytest.mark.parametrize("step", [1, 7, 300, 5000])
+def test_few_parts_have_the_sum_of_many(step: int) -> None:
+    """Over 120 orders of magnitude, and however they cancel; and what is held stays small."""
+    rng = np.random.default_rng(step)
+    for _ in range(20):
+        values = (rng.choice([-1.0, 1.0], 4000) * 10 ** rng.uniform(-60, 60, 4000)).tolist()
+        values += [-value for value in values[::-3]]
+        parts: list[float] = []
+        for at in range(0, len(values), step):
+            add_parts(parts, values[at : at + step])
+            assert len(parts) <= _PARTS
+        assert math.fsum(parts) == math.fsum(values)
+
+
+def test_what_is_held_does_not_grow_with_the_tensor(in_memory: Any) -> None:
+    """The sums of the chunks of a tensor that is read block by block: of 20,000 chunks 2 MB, were all of them held."""
+    a = np.zeros(CHUNK_ELEMENTS, np.float32)
+    a[0] = 1
+
+    class Long(in_memory):  # type: ignore[misc]
+        """The same block again and again."""
+
+        def blocks(self, unit: Unit = "elements") -> Iterator[Block]:
+            for i in range(20_000):
+                yield Block(i * CHUNK_ELEMENTS, a, (a,))
+
+    tracemalloc.start()
+    norms = norms_and_dot(Long([a], a))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert norms == (math.sqrt(20_000), math.sqrt(20_000), 20_000)
+    assert peak < 1_000_000

@@ -371,8 +371,9 @@ def mounted(tmp_path: Path) -> Mounted:
         return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
     if shutil.which("unshare") is None:
-        pytest.skip("file systems cannot be mounted here: no unshare command")
-    if (tried := run("size=1m", "true")).returncode != 0:
+        pytest.skip("file systems cannot be mounted here: there is no unshare command")
+    tried = run("size=1m", "true")
+    if tried.returncode != 0:
         pytest.skip(f"file systems cannot be mounted here: {tried.stderr.strip()}")
     return run
 
