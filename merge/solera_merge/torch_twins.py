@@ -22,7 +22,7 @@ torch is imported here, so this module is imported only where a device was asked
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -31,14 +31,14 @@ from torch import Tensor
 
 from solera_core.errors import ResourceError
 from solera_merge.block import CHUNK_ELEMENTS, DEVICE_BLOCK_ELEMENTS
-from solera_merge.fused import Drift, NotFiniteError, RawBlock, RawTensor
+from solera_merge.fused import Dare, Drift, NotFiniteError, RawBlock, RawTensor
 from solera_merge.kernels.drift import LANES as DRIFT_LANES
 from solera_merge.kernels.formats import BF16, CODES, F16, F32, PIECE
 from solera_merge.masks import threshold
-from solera_merge.methods.dare_ties import rescale_factors
 from solera_merge.methods.slerp import coefficients
 from solera_merge.reduction import LANES, root_sums
-from solera_merge.selection import KEEP_ALL, KEEP_NONE, LOWER, UPPER, Cut, descend, kept
+from solera_merge.selection import KEEP_ALL, KEEP_NONE, LOWER, UPPER, Cut, count_kept, descend
+from solera_merge.task_vectors import rescale_factors
 
 __all__ = ["TWINS", "Device", "open_device"]
 
@@ -243,18 +243,7 @@ def task_arithmetic(
     _tensor: RawTensor, device: Device, /, *, weight: Sequence[float], normalize: bool, lambda_: float
 ) -> Formula:
     """As `methods.task_arithmetic`."""
-    factors = [device.factor(w) for w in weight]
-    divisor = np.float32(sum(weight) or 1.0)
-
-    def formula(block: DeviceBlock) -> Tensor:
-        out = _total([delta.mul_(c) for delta, c in zip(block.deltas, factors, strict=True)])
-        if normalize and divisor != 1:
-            out.div_(device.factor(divisor))
-        if lambda_ != 1:
-            out.mul_(device.factor(lambda_))
-        return out.add_(block.values[-1])
-
-    return formula
+    return lambda block: _weighted_sum(block.deltas, weight, device, normalize, lambda_).add_(block.values[-1])
 
 
 def ties(
@@ -266,9 +255,11 @@ def ties(
     density: Sequence[float],
     normalize: bool,
     lambda_: float,
+    scope: str,
     int8_mask: bool,
 ) -> Formula:
-    """As `methods.ties`."""
+    """As `methods.ties` for `scope: tensor`."""
+    assert scope == "tensor", "the engine takes the readable method for what a survey has found"
     del int8_mask
     cuts = _largest_deltas(tensor, device, density)
 
@@ -285,21 +276,19 @@ def ties(
     return formula
 
 
-def dare_ties(
-    tensor: RawTensor,
-    device: Device,
-    /,
-    *,
-    weight: Sequence[float],
-    density: Sequence[float],
-    normalize: bool,
-    rescale: bool,
-    lambda_: float,
-    int8_mask: bool,
-) -> Formula:
+def dare_ties(tensor: RawTensor, device: Device, /, **parameters: Unpack[Dare]) -> Formula:
     """As `methods.dare_ties`."""
-    del int8_mask
-    factors = rescale_factors(density, rescale=rescale)
+    return _dare(tensor, device, _disjoint_merge, **parameters)
+
+
+def dare_linear(tensor: RawTensor, device: Device, /, **parameters: Unpack[Dare]) -> Formula:
+    """As `methods.dare_linear`."""
+    return _dare(tensor, device, _weighted_sum, **parameters)
+
+
+def _dare(tensor: RawTensor, device: Device, combine: "Combine", /, **parameters: Unpack[Dare]) -> Formula:
+    weight, density = parameters["weight"], parameters["density"]
+    factors = rescale_factors(density, rescale=parameters["rescale"])
     draws = list(zip(tensor.keys, density, factors, strict=True))
 
     def formula(block: DeviceBlock) -> Tensor:
@@ -309,17 +298,17 @@ def dare_ties(
             if limit < 1 << 32:
                 delta.mul_(_words(key, block.raw.start, block.raw.n, device) < limit)
             delta.mul_(device.factor(factor))
-        return _disjoint_merge(deltas, weight, device, normalize, lambda_).add_(block.values[-1])
+        return combine(deltas, weight, device, parameters["normalize"], parameters["lambda_"]).add_(block.values[-1])
 
     return formula
 
 
 TWINS: Mapping[str, Callable[..., Formula]] = MappingProxyType(
-    {f.__name__: f for f in (linear, passthrough, slerp, task_arithmetic, ties, dare_ties)}
+    {f.__name__: f for f in (linear, passthrough, slerp, task_arithmetic, ties, dare_ties, dare_linear)}
 )
 """By the name of the method."""
 
-_FROM_BASE = ("slerp", "task_arithmetic", "ties", "dare_ties")  # the last row is the base
+_FROM_BASE = ("slerp", "task_arithmetic", "ties", "dare_ties", "dare_linear")  # the last row is the base
 
 
 def _total(terms: Sequence[Tensor]) -> Tensor:
@@ -327,6 +316,22 @@ def _total(terms: Sequence[Tensor]) -> Tensor:
     out = terms[0]
     for term in terms[1:]:
         out.add_(term)
+    return out
+
+
+Combine: TypeAlias = Callable[[Sequence[Tensor], Sequence[float], Device, bool, float], Tensor]
+
+
+def _weighted_sum(
+    deltas: Sequence[Tensor], weight: Sequence[float], device: Device, normalize: bool, scale: float
+) -> Tensor:
+    """As `signs.weighted_sum`; overwrites the deltas."""
+    out = _total([delta.mul_(device.factor(w)) for delta, w in zip(deltas, weight, strict=True)])
+    divisor = np.float32(sum(weight) or 1.0)
+    if normalize and divisor != 1:
+        out.div_(device.factor(divisor))
+    if scale != 1:
+        out.mul_(device.factor(scale))
     return out
 
 
@@ -354,7 +359,7 @@ def _magnitude(x: Tensor) -> Tensor:
 def _largest_deltas(tensor: RawTensor, device: Device, densities: Sequence[float]) -> list[Cut]:
     """As `selection.largest_deltas`: two histograms, and a third pass where several elements share the last place."""
     cuts = {i: KEEP_ALL if d >= 1 else KEEP_NONE for i, d in enumerate(densities)}
-    wanted = {i: kept(d, tensor.size) for i, d in enumerate(densities) if 0 < d < 1 and tensor.size > 0}
+    wanted = {i: count_kept(d, tensor.size) for i, d in enumerate(densities) if 0 < d < 1 and tensor.size > 0}
 
     def histograms(bins: int, place: Callable[[int, Tensor], Tensor]) -> dict[int, npt.NDArray[np.int64]]:
         counts = {i: torch.zeros(bins, dtype=torch.int64, device=device.place) for i in wanted}
