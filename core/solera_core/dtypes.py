@@ -59,7 +59,8 @@ def to_float32(raw: Bytes, dtype: str) -> Float32:
             np.left_shift(wide, np.uint32(16), out=wide)
             return wide.view(np.float32)
         case "F64":
-            with np.errstate(over="ignore"):  # beyond float32 becomes inf, which the finite check of the writer names
+            # Beyond float32 becomes inf, which the finite check of the writer names; signalling NaN becomes quiet NaN.
+            with np.errstate(over="ignore", invalid="ignore"):
                 return raw.view(np.float64).astype(np.float32)
         case _:
             raise CheckpointError(
