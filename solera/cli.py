@@ -150,6 +150,13 @@ def merge_command(
         str | None,
         typer.Option(help="Bound of the memory, e.g. 512MB (default: a quarter of what is free, at most 2GB)."),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where the hot methods compute: cpu, or what torch calls it (cuda, cuda:1, mps).")
+    ] = "cpu",
+    compat: Annotated[
+        str | None,
+        typer.Option(help="`mergekit`: its own methods on whole tensors, for the same bytes, rounding included."),
+    ] = None,
     attest: Annotated[
         bool, typer.Option("--attest", help="Hash every byte of the inputs, not only samples of large ones.")
     ] = False,
@@ -176,6 +183,8 @@ def merge_command(
         trust_remote_code=trust_remote_code,
         threads=threads,
         memory_bytes=None if memory is None else parse_bytes(memory, where="--memory"),
+        device=device,
+        compat=compat,
         attest=attest,
         reload_check=not no_reload_check,
         flush=not no_fsync,

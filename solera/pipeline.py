@@ -290,6 +290,7 @@ def _key(stage: Stage, ctx: Context) -> str:
         "verdicts": {v: directory_digest(ctx.models[v]) for v in stage.references.verdicts},
         "data": {source.path: _data_digest(source, ctx.base_dir) for source in stage.references.data},
         "suites": _suite_digest(stage, ctx.base_dir),
+        "compat": ctx.compat,
         "solera": __version__,
     }
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()

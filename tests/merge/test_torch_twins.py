@@ -154,6 +154,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"base_model": "base", "models": ["a", "b"], "parameters": {"weight": 0.4}},
     "ties": {"base_model": "base", "models": ["a", "b", "c"], "parameters": {"weight": 0.4, "density": 0.3}},
     "dare_ties": {"base_model": "base", "models": ["a", "b", "c"], "parameters": {"weight": 0.4, "density": 0.3}},
+    "dare_linear": {"base_model": "base", "models": ["a", "b"], "parameters": {"weight": 0.4, "density": 0.3}},
     "karcher": {"models": ["a", "b"]},
 }
 
