@@ -27,12 +27,13 @@ from solera_core.digest import file_sha256
 from solera_core.errors import CheckpointError, ConfigError, DataError, InputError, VerificationError
 from solera_core.provenance import FILE_NAME, read_provenance, verify
 from solera_core.sidecars import PATTERNS as SIDECARS
-from solera_core.staging import staged
+from solera_core.sidecars import TOKENIZER_FILES, tokenizer_files
+from solera_core.staging import check_apart, staged
 
 if TYPE_CHECKING:
     from solera.publish import PublishConfig
 
-__all__ = ["Evidence", "Release", "ReleaseFile", "assemble", "prepare"]
+__all__ = ["Evidence", "Release", "ReleaseFile", "assemble", "is_evidence", "prepare"]
 
 # Patterns are matched against the path relative to the directory, and `*` does not cross a slash.
 _MODEL: Final = (
@@ -122,6 +123,7 @@ def prepare(config: "PublishConfig", ctx: Context, evidence: Evidence | None = N
         InputError: a symbolic link, a secret, a licence that forbids it or licences that disagree.
         DataError: evidence that cannot be read, or that is about another model.
         ConfigError: a licence that is none.
+        CheckpointError: a causal language model without a tokenizer.
     """
     evidence = evidence or Evidence()
     directory = _directory(config.model, ctx)
@@ -134,6 +136,7 @@ def prepare(config: "PublishConfig", ctx: Context, evidence: Evidence | None = N
     chosen = _chosen_licence(config.license, card_file if own_card else None)
     licence = settle([_licence(p) for p in parents], chosen, repo=config.repo)
     facts = _facts(config, directory, record, lineage, licence, evidence)
+    _require_tokenizer(directory, facts.config, found)
 
     files = {name: ReleaseFile(name, (directory / name).stat().st_size, directory / name) for name in found}
     for name, source in _evidence_files(evidence, facts).items():
@@ -166,6 +169,7 @@ def assemble(config: "PublishConfig", out: Path, ctx: Context, evidence: Evidenc
         VerificationError: the checkpoint is not what its solera.json says.
     """
     release = prepare(config, ctx, evidence)
+    check_apart(out, [release.directory])
     with staged(out, overwrite=ctx.overwrite) as staging:
         for file in release.files:
             target = staging / file.name
@@ -184,11 +188,27 @@ def assemble(config: "PublishConfig", out: Path, ctx: Context, evidence: Evidenc
     return release
 
 
+def is_evidence(name: str) -> bool:
+    """Whether a file of a release tells of the model (card, licences, results, recipe) and is no part of it."""
+    return _matches(name, _BESIDE)
+
+
 def _directory(model: str, ctx: Context) -> Path:
     directory = ctx.models.get(model, ctx.base_dir / Path(model).expanduser())
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; publish takes a checkpoint that solera made")
     return directory
+
+
+def _require_tokenizer(directory: Path, config: Mapping[str, Any], found: list[str]) -> None:
+    """Nobody can use a language model without its tokenizer, nor tell which one is meant."""
+    causal = any(re.search(r"ForCausalLM|LMHeadModel", name) for name in config.get("architectures") or ())
+    if causal and not tokenizer_files(found):
+        raise CheckpointError(
+            f"{directory}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)}), so nobody could use the model; "
+            "copy the tokenizer files of its base into the models that it was made from (for a merge, or set "
+            "`tokenizer_source`), and make it again"
+        )
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

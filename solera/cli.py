@@ -1,5 +1,6 @@
 """The `solera` command. Every heavy import happens inside the command that needs it."""
 
+import errno
 import json
 import os
 import sys
@@ -17,10 +18,12 @@ __all__ = ["app", "main"]
 
 EXIT_CODES = (
     "Exit codes: 0 right, 1 a gate failed, 2 a gate was inconclusive, 3 bad input, "
-    "4 environment (disk, memory, network), 130 interrupted."
+    "4 environment (disk, memory, network), 70 a bug of solera, 130 interrupted."
 )
 
 INTERRUPTED = 130
+BUG = 70
+"""EX_SOFTWARE of sysexits.h. Not Python's own 1, which means here that a gate failed."""
 
 app = typer.Typer(
     name="solera",
@@ -79,33 +82,47 @@ def _stage_command(kind: str, summary: str) -> Callable[..., None]:
         trust_remote_code: TrustRemoteCode = False,
         threads: Threads = None,
     ) -> None:
-        from solera.stages import plan_stage, read_stage, run_stage
-        from solera_core.staging import check_target
-
-        parsed, base_dir = read_stage(kind, config)
-        ctx = _context(
-            base_dir,
-            seed,
-            quiet,
+        _stage(
+            kind,
+            config,
+            out,
+            dry_run=dry_run,
+            as_json=as_json,
+            seed=seed,
+            quiet=quiet,
             overwrite=overwrite,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
             threads=threads,
         )
-        check_target(out, overwrite=overwrite)
-        if dry_run:
-            _show_plan(plan_stage(kind, parsed, ctx), as_json=as_json)
-            return
-        written = run_stage(kind, parsed, out, ctx)
-        provenance = json.loads((written / "solera.json").read_text(encoding="utf-8"))
-        _emit(
-            {"out": str(written), "kind": kind, "digest": provenance["digest"], "checks": provenance["checks"]},
-            as_json=as_json,
-            text=f"{written}: written and checked ({provenance['digest'][:19]}...)",
-        )
 
     command.__doc__ = summary
     return command
+
+
+def _stage(
+    kind: str, config: Path, out: Path, *, dry_run: bool, as_json: bool, seed: int | None, quiet: bool, **options: Any
+) -> None:
+    """Plan or run one stage; `options` are fields of the context."""
+    from solera.stages import plan_stage, read_stage, run_stage
+    from solera_core.staging import check_apart, check_target
+
+    parsed, base_dir = read_stage(kind, config)
+    ctx = _context(base_dir, seed, quiet, **options)
+    check_target(out, overwrite=ctx.overwrite)
+    if dry_run:
+        plan = plan_stage(kind, parsed, ctx)
+        read = [Path(row["path"]) for row in plan.reads if "path" in row]
+        check_apart(out, [path for path in read if (path / "config.json").exists()], read)
+        _show_plan(plan, as_json=as_json)
+        return
+    written = run_stage(kind, parsed, out, ctx)
+    provenance = json.loads((written / "solera.json").read_text(encoding="utf-8"))
+    _emit(
+        {"out": str(written), "kind": kind, "digest": provenance["digest"], "checks": provenance["checks"]},
+        as_json=as_json,
+        text=f"{written}: written and checked ({provenance['digest'][:19]}...)",
+    )
 
 
 def _show_plan(plan: Any, *, as_json: bool) -> None:
@@ -117,7 +134,54 @@ def _show_plan(plan: Any, *, as_json: bool) -> None:
         print_plan(plan)
 
 
-app.command("merge")(_stage_command("merge", "Merge checkpoints into one (reads mergekit's YAML)."))
+@app.command("merge")
+def merge_command(
+    config: Config,
+    out: Out,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    threads: Threads = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Bound of the memory, e.g. 512MB (default: a quarter of what is free, at most 2GB)."),
+    ] = None,
+    attest: Annotated[
+        bool, typer.Option("--attest", help="Hash every byte of the inputs, not only samples of large ones.")
+    ] = False,
+    no_reload_check: Annotated[
+        bool, typer.Option("--no-reload-check", help="Do not load the output through transformers.")
+    ] = False,
+    no_fsync: Annotated[
+        bool, typer.Option("--no-fsync", help="Do not wait for the disk: a power cut soon after may lose the output.")
+    ] = False,
+) -> None:
+    """Merge checkpoints into one (reads mergekit's YAML)."""
+    from solera_core.sizes import parse_bytes
+
+    _stage(
+        "merge",
+        config,
+        out,
+        dry_run=dry_run,
+        as_json=as_json,
+        seed=seed,
+        quiet=quiet,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        threads=threads,
+        memory_bytes=None if memory is None else parse_bytes(memory, where="--memory"),
+        attest=attest,
+        reload_check=not no_reload_check,
+        flush=not no_fsync,
+    )
+
+
 app.command("moe")(_stage_command("moe", "Build a sparse mixture of experts out of dense specialists."))
 app.command("distill")(_stage_command("distill", "Teach a student (or heal a mixture) by one or several teachers."))
 app.command("tune")(_stage_command("tune", "Fine-tune a base into a specialist."))
@@ -133,20 +197,31 @@ def evaluate_command(
     seed: Seed = None,
     quiet: Quiet = False,
     overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     threads: Threads = None,
 ) -> None:
     """Measure a model on suites of text, multiple-choice and generation tasks, item by item."""
-    from solera_core.staging import check_target
+    from solera_core.staging import check_apart, check_target
     from solera_core.strict import parse
     from solera_eval.config import EvalConfig
     from solera_eval.run import evaluate, plan_evaluate
 
     config = parse(EvalConfig, {"model": model, "suites": [str(s) for s in suite]}, where="eval")
-    ctx = _context(Path(), seed, quiet, overwrite=overwrite, trust_remote_code=trust_remote_code, threads=threads)
+    ctx = _context(
+        Path(),
+        seed,
+        quiet,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        threads=threads,
+    )
     check_target(out, overwrite=overwrite)
     if dry_run:
-        _show_plan(plan_evaluate(config, ctx), as_json=as_json)
+        plan = plan_evaluate(config, ctx)
+        check_apart(out, [Path(row["path"]) for row in plan.reads if row["kind"] == "model"])
+        _show_plan(plan, as_json=as_json)
         return
     written = evaluate(config, out, ctx)
     results = json.loads((written / "results.json").read_text(encoding="utf-8"))
@@ -163,15 +238,23 @@ def gate_command(
     baseline: Annotated[Path, typer.Option("--baseline", help="Results directory of the model to hold up to.")],
     candidate: Annotated[Path, typer.Option("--candidate", help="Results directory of the model in question.")],
     policy: Annotated[Path | None, typer.Option("--policy", help="Policy file: margins, confidence, tiers.")] = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Decide PASS (0), FAIL (1) or INCONCLUSIVE (2): is the candidate not worse by more than the margin?"""
     from solera_core.strict import load_yaml, parse
     from solera_eval.config import GatePolicy
     from solera_eval.gate import gate
 
-    settings = load_yaml(policy) if policy else {}
-    verdict = gate(baseline, candidate, parse(GatePolicy, settings, where=str(policy or "policy")))
+    del quiet  # nothing here takes long enough to speak of
+    settings = parse(GatePolicy, load_yaml(policy) if policy else {}, where=str(policy or "policy"))
+    if dry_run:
+        from solera.read_plans import plan_gate
+
+        _show_plan(plan_gate(baseline, candidate, settings), as_json=as_json)
+        return
+    verdict = gate(baseline, candidate, settings)
     data = verdict.to_json()
     lines = [f"{t['name']:<24} {t['verdict']:<13} {_margin_line(t)}" for t in data["tasks"]]
     _emit(data, as_json=as_json, text="\n".join([*lines, *data["reasons"], data["verdict"]]))
@@ -245,31 +328,32 @@ def run_command(
     ctx = _context(
         recipe.parent, seed, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, threads=threads
     )
-    _run(loaded, run_dir, ctx, dry_run=dry_run, as_json=as_json, jobs=jobs)
-
-
-def _run(recipe: Any, out: Path, ctx: Context, *, dry_run: bool, as_json: bool, jobs: int) -> None:
-    from solera.pipeline import plan_run, run_recipe
-
     if dry_run:
-        from solera.console import print_run_plan
+        from solera.pipeline import plan_run
 
-        planned = plan_run(recipe, out, ctx)
-        if as_json:
-            stages = [
-                {
-                    "name": p.name,
-                    "kind": p.kind,
-                    "inputs": p.inputs,
-                    "status": p.status,
-                    "plan": p.plan and p.plan.to_json(),
-                }
-                for p in planned
-            ]
-            print(json.dumps({"out": str(out), "stages": stages}, indent=2))  # noqa: T201
-        else:
-            print_run_plan(planned, out)
+        _show_run_plan(plan_run(loaded, run_dir, ctx), run_dir, as_json=as_json)
         return
+    _run(loaded, run_dir, ctx, as_json=as_json, jobs=jobs)
+
+
+def _show_run_plan(planned: list[Any], out: Path, *, as_json: bool) -> None:
+    from solera.console import print_run_plan
+    from solera.planning import total
+
+    needed = total({p.name: p.plan for p in planned if p.status != "cached"})
+    if as_json:
+        stages = [
+            {"name": p.name, "kind": p.kind, "inputs": p.inputs, "status": p.status, "plan": p.plan.to_json()}
+            for p in planned
+        ]
+        print(json.dumps({"out": str(out), "stages": stages, "total": needed}, indent=2))  # noqa: T201
+    else:
+        print_run_plan(planned, needed, out)
+
+
+def _run(recipe: Any, out: Path, ctx: Context, *, as_json: bool, jobs: int) -> None:
+    from solera.pipeline import run_recipe
+
     outcome = run_recipe(recipe, out, ctx, jobs=jobs)
     from solera.summary import summarise
 
@@ -306,23 +390,35 @@ def demo_command(
     jobs: Jobs = 2,
 ) -> None:
     """The main job on a laptop, offline: three specialists, their blends, a healed mixture, a student, the verdict."""
-    from solera.demo import demo_recipe
+    from solera.demo import demo_recipe, plan_demo
 
     ctx = _context(Path(), None, quiet, threads=threads)
-    _run(demo_recipe(out, seed=seed), out, ctx, dry_run=dry_run, as_json=as_json, jobs=jobs)
+    if dry_run:
+        _show_run_plan(plan_demo(out, ctx, seed=seed), out, as_json=as_json)
+        return
+    _run(demo_recipe(out, seed=seed), out, ctx, as_json=as_json, jobs=jobs)
 
 
 @app.command("inspect")
 def inspect_command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.", show_default=False)],
+    dry_run: DryRun = False,
     as_json: Json = False,
+    quiet: Quiet = False,
     allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """What a checkpoint is: family, sizes, tensors, tokenizer, licence, where it came from."""
     from solera_core.checkpoint import open_checkpoint
     from solera_core.inspect import describe
 
-    facts = describe(open_checkpoint(model, _context(Path(), None, True, allow_pickle=allow_pickle)))
+    ctx = _context(Path(), None, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    if dry_run:
+        from solera.read_plans import plan_inspect
+
+        _show_plan(plan_inspect(model, ctx), as_json=as_json)
+        return
+    facts = describe(open_checkpoint(model, ctx))
     width = max(len(k) for k in facts)
     _emit(
         facts, as_json=as_json, text="\n".join(f"{k:<{width}}  {_short(v)}" for k, v in facts.items() if v is not None)
@@ -341,13 +437,22 @@ def _short(value: Any) -> str:
 def diff_command(
     a: Annotated[str, typer.Argument(help="One checkpoint.", show_default=False)],
     b: Annotated[str, typer.Argument(help="The other.", show_default=False)],
+    dry_run: DryRun = False,
     as_json: Json = False,
+    quiet: Quiet = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """How two checkpoints differ, tensor by tensor: relative change, cosine, largest difference."""
     from solera_core.checkpoint import open_checkpoint
     from solera_core.diff import diff
 
-    ctx = _context(Path(), None, True)
+    ctx = _context(Path(), None, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    if dry_run:
+        from solera.read_plans import plan_diff
+
+        _show_plan(plan_diff(a, b, ctx), as_json=as_json)
+        return
     rows = diff(open_checkpoint(a, ctx), open_checkpoint(b, ctx))
     if as_json:
         print(json.dumps({"a": a, "b": b, "tensors": rows}, indent=2))  # noqa: T201
@@ -363,24 +468,37 @@ def verify_command(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Make it again from its recipe and compare the bytes.")
     ] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check every file and tensor against the digests in solera.json."""
-    from solera.rebuild import rebuild_problems
+    from solera.rebuild import rebuild as make_again
     from solera_core.errors import VerificationError
     from solera_core.provenance import verify
 
+    ctx = _context(Path(), None, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    if dry_run:
+        from solera.read_plans import plan_verify
+
+        _show_plan(plan_verify(directory, ctx, rebuild=rebuild), as_json=as_json)
+        return
     problems = verify(directory)
+    evidence: tuple[str, ...] = ()
     if rebuild and not problems:
-        problems = rebuild_problems(directory, _context(Path(), None, quiet))
+        rebuilt = make_again(directory, ctx)
+        problems, evidence = list(rebuilt.problems), rebuilt.evidence
     if problems:
-        if as_json:
-            print(json.dumps({"directory": str(directory), "whole": False, "problems": problems}, indent=2))  # noqa: T201
-        raise VerificationError("\n".join(f"{directory}: {p}" for p in problems))
+        message = "\n".join(f"{directory}: {p}" for p in problems)
+        facts = {"directory": str(directory), "whole": False, "problems": problems}
+        raise typer.Exit(_fail(message, "VerificationError", VerificationError.exit_code, as_json, **facts))
     how = "every byte made again from its recipe is equal" if rebuild else "every file and tensor equals its digest"
+    if evidence:
+        how += f" (evidence, which equals its digest but is not made again: {', '.join(evidence)})"
     _emit(
-        {"directory": str(directory), "whole": True, "rebuilt": rebuild, "problems": []},
+        {"directory": str(directory), "whole": True, "rebuilt": rebuild, "evidence": list(evidence), "problems": []},
         as_json=as_json,
         text=f"{directory}: {how}",
     )
@@ -389,10 +507,13 @@ def verify_command(
 @app.command("schema")
 def schema_command(
     kind: Annotated[str, typer.Argument(help="recipe, suite, policy, or a kind of stage.")] = "recipe",
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """JSON Schema of a settings file, for editors and agents."""
+    """JSON Schema of a settings file, for editors and agents; always JSON on stdout."""
     from solera.schema import schema
 
+    del as_json, quiet
     print(json.dumps(schema(kind), indent=2))  # noqa: T201
 
 
@@ -411,31 +532,60 @@ def _root(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code (see EXIT_CODES); errors are one message on stderr, no traceback.
 
-    SOLERA_TRACEBACK=1 shows the traceback as well.
+    With --json an error is also one object on stdout: `{"error": message, "kind": its class, "exit_code": code}`.
+    SOLERA_TRACEBACK=1 shows the traceback as well; an exception that nobody foresaw always shows it.
     """
+    as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(args=arguments, standalone_mode=False)
         if code == INTERRUPTED:  # typer turns KeyboardInterrupt into this code
-            return _fail("interrupted; run the same command again to go on", INTERRUPTED)
+            return _fail("interrupted; run the same command again to go on", "Interrupted", INTERRUPTED, as_json)
         return code if isinstance(code, int) else 0
     except SoleraError as e:
-        return _fail(str(e), e.exit_code)
+        return _fail(str(e), type(e).__name__, e.exit_code, as_json)
     except typer.Abort:
-        return INTERRUPTED
+        return _fail("aborted", "Interrupted", INTERRUPTED, as_json)
     except typer.TyperException as e:  # usage errors; typer's own code for them, 2, means INCONCLUSIVE here
         context = getattr(e, "ctx", None)
-        return _fail((context.get_usage() + "\n" if context else "") + e.format_message(), 3)
+        usage = context.get_usage() + "\n" if context else ""
+        return _fail(usage + e.format_message(), "UsageError", 3, as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        return _fail(_os_error(e), type(e).__name__, ResourceError.exit_code, as_json)
     except MemoryError:
-        return _fail("not enough memory", ResourceError.exit_code)
+        return _fail(_NO_MEMORY, "MemoryError", ResourceError.exit_code, as_json)
+    except Exception as e:
+        if "not enough memory" in str(e) or "can't allocate memory" in str(e):  # torch says it with a RuntimeError
+            return _fail(_NO_MEMORY, "MemoryError", ResourceError.exit_code, as_json)
+        return _fail(
+            f"{type(e).__name__}: {e}\nThis is a bug of solera, not a mistake of yours: please report it with the "
+            "lines above and the settings that led here",
+            type(e).__name__,
+            BUG,
+            as_json,
+        )
 
 
-def _fail(message: str, code: int) -> int:
-    if os.environ.get("SOLERA_TRACEBACK"):
+_NO_MEMORY = "not enough memory; close other programs, or choose smaller models or batches (micro_batch_tokens)"
+
+
+def _os_error(e: OSError) -> str:
+    reason = e.strerror or str(e) or type(e).__name__
+    place = f"{e.filename}: " if e.filename is not None else ""
+    if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{place}{reason}: the disk, the quota or the largest file allowed is used up; make room and run again"
+    return f"{place}{reason}"
+
+
+def _fail(message: str, kind: str, code: int, as_json: bool, **facts: Any) -> int:
+    """Say what is wrong, and return the exit code."""
+    if os.environ.get("SOLERA_TRACEBACK") or code == BUG:
         import traceback
 
         traceback.print_exc()
     print(f"solera: {message}", file=sys.stderr)  # noqa: T201
+    if as_json:
+        print(json.dumps({"error": message, "kind": kind, "exit_code": code, **facts}, indent=2))  # noqa: T201
     return code

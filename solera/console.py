@@ -146,8 +146,12 @@ def print_plan(plan: Plan, *, max_rows: int = 40) -> None:
         console.print(f"[yellow]warning:[/yellow] {warning}", markup=True)
 
 
+def _known_bytes(count: float | None) -> str:
+    return "unknown" if count is None else readable_bytes(count)
+
+
 def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: readable_bytes(v) if k == "bytes" and isinstance(v, (int, float)) else v for k, v in row.items()}
+    return {k: _known_bytes(v) if k in ("bytes", "download_bytes") else v for k, v in row.items()}
 
 
 def _table(console: Any, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -173,12 +177,15 @@ def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
 
 
-def print_run_plan(planned: Sequence[Any], out: Any) -> None:
-    """The stages of a recipe, what each reads, and whether it would run."""
+def print_run_plan(planned: Sequence[Any], total: Mapping[str, int], out: Any) -> None:
+    """The stages of a recipe, what each reads, whether it would run, and what all of them need."""
     rows = [{"stage": p.name, "kind": p.kind, "reads": ", ".join(p.inputs) or "-", "status": p.status} for p in planned]
     console = stdout_console()
     _table(console, f"plan: {len(rows)} stages into {out} (nothing is written)", rows)
     for stage in planned:
-        if stage.plan is not None:
-            console.print(f"[bold]{stage.name}[/bold]")
-            print_plan(stage.plan)
+        console.print(f"[bold]{stage.name}[/bold]: {stage.status}", markup=True)
+        print_plan(stage.plan)
+    console.print(
+        f"[bold]all that will run[/bold]: memory at most about {readable_bytes(total['memory_bytes'])} a stage, "
+        f"disk {readable_bytes(total['disk_bytes'])}"
+    )

@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,16 +21,19 @@ from typing import Any
 
 import yaml
 
+from solera.planning import plan_stages
+from solera.preflight import check_inputs
 from solera.publish import PublishConfig
 from solera.recipe import Recipe
 from solera.recipe_dir import write_recipe_dir
-from solera.stages import Stage, plan_stage
+from solera.stages import Stage
 from solera.workers import start_stage, workers
 from solera_core.context import Context
 from solera_core.data import DataSource
 from solera_core.digest import file_sha256
-from solera_core.errors import ConfigError, SoleraError
+from solera_core.errors import ConfigError, ResourceError, SoleraError
 from solera_core.plan import Plan
+from solera_core.staging import disk_errors
 from solera_core.version import __version__
 from solera_eval.config import EvalConfig
 
@@ -71,36 +74,35 @@ class RunOutcome:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """What a stage would do; `plan` is None while an input does not exist yet."""
+    """What a stage would do. Sizes of models that are not made yet are those that their own plans give."""
 
     name: str
     kind: str
     inputs: tuple[str, ...]
     status: str  # cached | run | run (inputs not made yet)
-    plan: Plan | None
+    plan: Plan
 
 
 def plan_run(recipe: Recipe, out: Path, ctx: Context) -> list[PlannedStage]:
-    """Which stages would run, and the plan of every one whose inputs exist. Writes nothing."""
-    planned: list[PlannedStage] = []
+    """Which stages would run, and the plan of every one. Writes nothing.
+
+    Raises:
+        SoleraError: as `run_recipe` before its first stage.
+    """
+    check_inputs(recipe, out, ctx)
+    _check_leaks(recipe)
     made: dict[str, Path] = {}
-    pending: set[str] = set()
+    status: dict[str, str] = {}
     for stage in recipe.stages:
-        inputs = recipe.inputs(stage)
-        here = _stage_context(recipe, ctx, made)
-        if pending & set(inputs):
-            pending.add(stage.name)
-            planned.append(PlannedStage(stage.name, stage.kind, inputs, "run (inputs not made yet)", None))
-            continue
-        path = out / "stages" / stage.name
-        if _current(stage, out, _key(stage, here)) is not None:
-            made[stage.name] = path
-            planned.append(PlannedStage(stage.name, stage.kind, inputs, "cached", None))
-            continue
-        pending.add(stage.name)
-        plan = None if stage.kind == "publish" else plan_stage(stage.kind, stage.config, here)
-        planned.append(PlannedStage(stage.name, stage.kind, inputs, "run", plan))
-    return planned
+        if any(name not in made for name in recipe.inputs(stage)):
+            status[stage.name] = "run (inputs not made yet)"
+        elif _current(stage, out, _key(stage, _stage_context(recipe, ctx, made))) is not None:
+            made[stage.name] = out / "stages" / stage.name
+            status[stage.name] = "cached"
+        else:
+            status[stage.name] = "run"
+    plans = plan_stages(recipe, out, ctx, made=made)
+    return [PlannedStage(s.name, s.kind, recipe.inputs(s), status[s.name], plans[s.name]) for s in recipe.stages]
 
 
 def run_recipe(recipe: Recipe, out: Path, ctx: Context, *, jobs: int = 1) -> RunOutcome:
@@ -113,13 +115,18 @@ def run_recipe(recipe: Recipe, out: Path, ctx: Context, *, jobs: int = 1) -> Run
         jobs: stages that do not read each other may run side by side, each in a process of its own.
 
     Raises:
+        ConfigError: what the recipe names is not there, or test text is trained on; nothing is written then.
         SoleraError: the stage's own error, with the stage's name in front; earlier stages, and those that ran beside
             it, stay whole.
     """
-    (out / "keys").mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yml").write_text(yaml.safe_dump(dict(recipe.source), sort_keys=False), encoding="utf-8")
-    write_recipe_dir(out, recipe.base_dir)
+    check_inputs(recipe, out, ctx)
     notes = _check_leaks(recipe)
+    if not all(_key_file(out, stage.name).exists() for stage in recipe.stages):
+        plan_stages(recipe, out, ctx)  # refuses now what would be refused after hours
+    with disk_errors(out):
+        (out / "keys").mkdir(parents=True, exist_ok=True)
+        (out / "recipe.yml").write_text(yaml.safe_dump(dict(recipe.source), sort_keys=False), encoding="utf-8")
+        write_recipe_dir(out, recipe.base_dir)
     for note in notes:
         ctx.progress.note(note)
     run = _Run(recipe, out, ctx)
@@ -141,7 +148,8 @@ def run_recipe(recipe: Recipe, out: Path, ctx: Context, *, jobs: int = 1) -> Run
         "notes": notes,
         "stages": [asdict(o) | {"path": str(o.path.relative_to(out))} for o in outcome.stages],
     }
-    (out / "run.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    with disk_errors(out):
+        (out / "run.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return outcome
 
 
@@ -203,11 +211,17 @@ class _Run:
         """Record what a stage made. Raises its error, with its name."""
         started = self.running.pop(future)
         with _named(started.stage):
-            path = future.result()
+            try:
+                path = future.result()
+            except BrokenExecutor as e:
+                raise ResourceError(
+                    "its process was killed, most likely because memory ran out; run again with fewer --jobs"
+                ) from e
         seconds = round(time.monotonic() - started.at, 1)
         digest = directory_digest(path)
         record = {"key": started.key, "digest": digest, "seconds": seconds, "files": _listing(path)}
-        _key_file(self._out, started.stage.name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        with disk_errors(self._out):
+            _key_file(self._out, started.stage.name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         self._say(started.stage, f"done in {seconds:.0f} s")
         self._settle(started.stage, "made", seconds, digest)
 

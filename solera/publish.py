@@ -29,11 +29,11 @@ from solera_core.strict import Strict
 if TYPE_CHECKING:
     from solera.assemble import Evidence, Release
 
-__all__ = ["CardConfig", "PublishConfig", "PublishResult", "plan_publish", "publish"]
+__all__ = ["WORKING_BYTES", "CardConfig", "PublishConfig", "PublishResult", "plan_publish", "publish"]
 
 _REPO: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*\Z")
 _KEPT_BY_THE_HUB: Final = {".gitattributes"}  # made by the hub, and needed by it
-_WORKING_BYTES: Final = 64_000_000  # of buffers while hashing and sending
+WORKING_BYTES: Final = 64_000_000  # of buffers while hashing and sending
 
 
 class CardConfig(Strict):
@@ -140,7 +140,7 @@ def plan_publish(config: PublishConfig, ctx: Context, *, evidence: "Evidence | N
             *({"what": p.parent, "licence": p.label, "read from": p.source} for p in release.licence.parents),
         ],
         writes=[{"what": file.name, "bytes": file.size} for file in release.files],
-        memory_bytes=_WORKING_BYTES,
+        memory_bytes=WORKING_BYTES,
         disk_bytes=sum(f.size for f in release.files if not f.name.endswith(".safetensors")),
         parameters={
             "repo": config.repo,

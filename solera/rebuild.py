@@ -1,30 +1,76 @@
 """`solera verify --rebuild`: make a checkpoint again from the recipe in its solera.json and compare every byte."""
 
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from solera.assemble import is_evidence
 from solera.recipe_dir import read_recipe_dir
-from solera.stages import KINDS, run_stage, stage_config
+from solera.stages import KINDS, plan_stage, run_stage, stage_config
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.digest import file_sha256
 from solera_core.errors import CheckpointError
-from solera_core.provenance import read_provenance
-from solera_core.strict import parse
+from solera_core.plan import Plan
+from solera_core.provenance import FILE_NAME, read_provenance
+from solera_core.strict import Strict, parse
 
-__all__ = ["rebuild_problems"]
+__all__ = ["Rebuilt", "plan_rebuild", "rebuild"]
 
 
-def rebuild_problems(directory: Path, ctx: Context) -> list[str]:
-    """What differs between `directory` and the same stage run again; [] means every file is equal.
+@dataclass(frozen=True)
+class Rebuilt:
+    """What came of making a directory again.
+
+    Attributes:
+        problems: what differs; none: every file of the model is equal.
+        evidence: files of a release that tell of the model and were not made again: card, licences, results, report.
+    """
+
+    problems: tuple[str, ...]
+    evidence: tuple[str, ...] = ()
+
+
+def rebuild(directory: Path, ctx: Context) -> Rebuilt:
+    """Run the stage that made `directory` again, and compare every byte.
 
     Inputs are found as the recipe names them: a stage of the same run stands beside `directory`; other references
-    resolve as they did. An input whose content is no longer what went in is a problem of its own.
+    resolve as they did. An input whose content is no longer what went in is a problem of its own. Of a publishable
+    directory the model is compared: weights, config, tokenizer and all else that its stage made and that was published.
 
     Raises:
         CheckpointError: no provenance, or an input cannot be found.
     """
+    record, config, here = _prepare(directory, ctx)
+    problems: list[str] = []
+    for item in record["inputs"]:
+        if item["digest"].startswith(("blake3:", "sampled:")):
+            checkpoint = open_checkpoint(item["ref"], here)
+            now = checkpoint.digest() if item["digest"].startswith("blake3:") else checkpoint.identity()
+            if now != item["digest"]:
+                problems.append(f"input {item['ref']} has changed: {item['digest'][:23]}... then, {now[:23]}... now")
+    if problems:
+        return Rebuilt(tuple(problems))
+    evidence = tuple(name for name in sorted(record["files"]) if is_evidence(name))
+    with tempfile.TemporaryDirectory(prefix="solera-rebuild-") as scratch:
+        again = run_stage(record["kind"], config, Path(scratch) / "again", here)
+        problems = _release_differences(directory, again) if evidence else _differences(directory, again)
+    return Rebuilt(tuple(problems), evidence)
+
+
+def plan_rebuild(directory: Path, ctx: Context) -> Plan:
+    """What making `directory` again would read, write and need.
+
+    Raises:
+        CheckpointError: no provenance, or an input cannot be found.
+    """
+    record, config, here = _prepare(directory, ctx)
+    return plan_stage(record["kind"], config, here)
+
+
+def _prepare(directory: Path, ctx: Context) -> tuple[dict[str, Any], Strict, Context]:
+    """The record, the settings in it, and the surroundings in which their references resolve as they did."""
     record = read_provenance(directory)
     kind = record["kind"]
     if kind not in KINDS:
@@ -37,19 +83,7 @@ def rebuild_problems(directory: Path, ctx: Context) -> list[str]:
     here = replace(
         ctx, seed=record["seed"], models={**siblings, **ctx.models}, base_dir=read_recipe_dir(directory) or ctx.base_dir
     )
-    problems: list[str] = []
-    for item in record["inputs"]:
-        if item["digest"].startswith(("blake3:", "sampled:")):
-            checkpoint = open_checkpoint(item["ref"], here)
-            now = checkpoint.digest() if item["digest"].startswith("blake3:") else checkpoint.identity()
-            if now != item["digest"]:
-                problems.append(f"input {item['ref']} has changed: {item['digest'][:23]}... then, {now[:23]}... now")
-    if problems:
-        return problems
-    config = parse(stage_config(kind), record["recipe"], where=f"{directory}/solera.json: recipe")
-    with tempfile.TemporaryDirectory(prefix="solera-rebuild-") as scratch:
-        again = run_stage(kind, config, Path(scratch) / "again", here)
-        return _differences(directory, again)
+    return record, parse(stage_config(kind), record["recipe"], where=f"{directory}/solera.json: recipe"), here
 
 
 def _differences(a: Path, b: Path) -> list[str]:
@@ -61,5 +95,25 @@ def _differences(a: Path, b: Path) -> list[str]:
         f"{name} differs from what the recipe makes now"
         for name in sorted(files_a & files_b)
         if file_sha256(a / name) != file_sha256(b / name)
+    ]
+    return problems
+
+
+def _release_differences(release: Path, again: Path) -> list[str]:
+    """As `_differences`, for a release: evidence was added, what is not published left out, the record says so."""
+    ours, theirs = read_provenance(release), read_provenance(again)
+    model = {str(p.relative_to(release)) for p in release.rglob("*") if p.is_file()} - {FILE_NAME}
+    model = {name for name in model if not is_evidence(name)}
+    problems = [f"{name} is not made by the recipe" for name in sorted(model) if not (again / name).is_file()]
+    problems += [
+        f"{name} differs from what the recipe makes now"
+        for name in sorted(model)
+        if (again / name).is_file() and file_sha256(release / name) != file_sha256(again / name)
+    ]
+    problems += [f"tensor {name} is missing" for name in sorted(theirs["tensors"].keys() - ours["tensors"].keys())]
+    problems += [
+        f"{FILE_NAME}: {key} differs from what the recipe makes now"
+        for key in sorted(theirs.keys() | ours.keys())
+        if key != "files" and ours.get(key) != theirs.get(key)
     ]
     return problems

@@ -16,6 +16,7 @@ from solera.pipeline import RunOutcome
 from solera.recipe import Recipe
 from solera.report import ModelSummary, Retention, RunSummary, StageSummary, rich_table, verdict_sentence, write_report
 from solera.results import TaskResult, read_results
+from solera_core.errors import DataError
 from solera_core.version import __version__
 from solera_eval import records
 from solera_eval.config import EvalConfig
@@ -111,11 +112,21 @@ def _retention(recipe: Recipe, outcome: RunOutcome) -> tuple[list[Retention], li
     notes: list[str] = []
     for domain, specialist in specialists.items():
         if base not in runs or specialist not in runs:
+            notes.append(f"{domain}: no share kept is given, for {base} and {specialist} were not both evaluated.")
+            continue
+        if not any(record.domain == domain for record in runs[base].items):
+            notes.append(f"{domain}: no share kept is given, for no task of {base} has this domain.")
             continue
         for model in runs:
             if model == base:
                 continue
-            share = retention(runs[base], runs[specialist], runs[model], domain=domain)
+            try:
+                share = retention(runs[base], runs[specialist], runs[model], domain=domain)
+            except DataError:  # a gap in the report, no reason to end without one
+                notes.append(f"{domain}: no share kept is given for {model}, which other items were measured on.")
+                continue
+            if model == specialist and share.measured_on == "answers":
+                notes.append(f"{domain}: has no text task; the share kept is that of the answers that became right.")
             if share.kept is not None:
                 kept.append(Retention(model, domain, share.kept, share.low, share.high))
             elif model == specialist and share.reason:

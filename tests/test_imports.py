@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,17 @@ def test_every_module_imports_and_all_is_true(name: str) -> None:
     assert not missing, f"{name}.__all__ names what is not there: {missing}"
     if not name.endswith("__main__") and not Path(module.__file__ or "").name.startswith("_"):
         assert hasattr(module, "__all__"), f"{name} does not say what it exports"
+
+
+SURFACE = Path(__file__).with_name("public_names.json")
+
+
+def test_the_public_names_are_frozen() -> None:
+    """A deliberate change: run this test with SOLERA_FREEZE=1, read the diff, and say it in the changelog."""
+    names = {name: sorted(getattr(importlib.import_module(name), "__all__", [])) for name in modules()}
+    if os.environ.get("SOLERA_FREEZE"):
+        SURFACE.write_text(json.dumps(names, indent=1) + "\n")
+    assert names == json.loads(SURFACE.read_text())
 
 
 HEAVY = ("torch", "transformers", "scipy", "mergekit", "accelerate", "datasets", "pandas")

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,14 @@ def test_make_targets_named_exist() -> None:
     for text in (README, (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")):
         for target in re.findall(r"`?make ([a-z-]+)`?", text):
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_the_hooks_before_a_commit_run_what_make_check_runs() -> None:
+    done = subprocess.run(
+        ["make", "-n", "check", "-o", ".venv/.solera-ready"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    commands = [line for line in done.stdout.splitlines() if line.startswith(".venv/bin/")]
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    assert len(commands) >= 5
+    assert [hook["entry"] for hook in hooks] == commands
+    assert not any(hook.get("pass_filenames", True) for hook in hooks)

@@ -109,12 +109,14 @@ class Adapter:
         updates: low-rank updates, by the tensor they change.
         replaced: tensors that the adapter holds in full (`modules_to_save`, biases), by the tensor they replace.
         digest: of its settings and tensors.
+        directory: where it is.
     """
 
     ref: str
     updates: Mapping[str, LowRank]
     replaced: Mapping[str, TensorInfo]
     digest: str
+    directory: Path
     _source: Source
 
     @property
@@ -168,7 +170,7 @@ def open_adapter(ref: str, tensors: Mapping[str, TensorInfo], ctx: Context) -> A
         raise CheckpointError(f"{directory}: holds no LoRA tensors")
     digests = {info.name: tensor_digest(info.size, partial(source.read_raw, info)) for info in source.tensors.values()}
     relevant = {k: v for k, v in settings.items() if k not in ("base_model_name_or_path", "peft_version", "revision")}
-    return Adapter(ref, updates, replaced, json_digest({"settings": relevant, "tensors": digests}), source)
+    return Adapter(ref, updates, replaced, json_digest({"settings": relevant, "tensors": digests}), directory, source)
 
 
 def _settings(directory: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from solera_core.checkpoint import read_config
 from solera_core.dtypes import SAFETENSORS_NAME
 from solera_core.errors import CheckpointError, VerificationError
 from solera_core.shards import find_weights, read_headers
-from solera_core.sidecars import copy_sidecars, find_sidecars
+from solera_core.sidecars import TOKENIZER_FILES, copy_sidecars, find_sidecars, tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,14 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["load_model", "load_report", "load_tokenizer", "save_model"]
 
 _SHARD_SIZE: Final = "5GB"  # transformers 5 alone would write 50GB
-_TOKENIZER_FILES: Final = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-    "spiece.model",
-)
 
 
 def load_model(
@@ -77,10 +69,10 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> "PreTraine
     """
     from transformers import AutoTokenizer
 
-    present = [n for n in _TOKENIZER_FILES if (path / n).exists()] + [p.name for p in path.glob("*.tiktoken")]
+    present = sorted(tokenizer_files(p.name for p in path.iterdir()))
     if not present:
         raise CheckpointError(
-            f"{path}: has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); "
+            f"{path}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); "
             "copy the tokenizer files of its base model into the directory"
         )
     with _quiet():

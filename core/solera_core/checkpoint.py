@@ -26,8 +26,9 @@ from solera_core.digest import checkpoint_digest, json_digest, tensor_digest
 from solera_core.dtypes import FLOATS, to_float32
 from solera_core.errors import CheckpointError
 from solera_core.headers import TensorInfo
-from solera_core.hub import resolve, split_adapter
+from solera_core.hub import When, resolve, split_adapter
 from solera_core.ranges import RangeReader, stamp
+from solera_core.remote import RemoteSource
 from solera_core.shards import find_weights
 from solera_core.sidecars import find_sidecars
 from solera_core.sources import SafetensorsSource, Source, open_source
@@ -41,7 +42,10 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 class Checkpoint:
-    """One model on disk, opened by `open_checkpoint`. Reading is thread-safe.
+    """One model, opened by `open_checkpoint`. Reading is thread-safe.
+
+    It lies on disk; or, opened with `weights="later"`, its weights may still be on the hub: then everything but their
+    values is known, and `fetch` must come before they are read.
 
     Attributes:
         ref: the reference as it was written.
@@ -78,6 +82,29 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """The content of config.json, a deep copy: changing it changes nothing here."""
         return copy.deepcopy(self._config)
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """All that it is read from: the model's directory, then those of its adapters."""
+        return (self.path, *(adapter.directory for adapter in self._adapters))
+
+    @property
+    def missing_bytes(self) -> int:
+        """What `fetch` would download into the file system of `path`."""
+        return self._source.missing_bytes if isinstance(self._source, RemoteSource) else 0
+
+    def fetch(self) -> None:
+        """Download the weights, if they are not here; before anything reads them, and by one thread.
+
+        Raises:
+            HubError: the hub cannot be reached or refuses.
+            CheckpointError: the headers are not those read before, or the config ties a head that is no copy of the
+                embedding (which no header tells).
+        """
+        if isinstance(self._source, RemoteSource):
+            local = self._source.fetch()
+            _without_tied_head(self.path, self._config, local)
+            self._source = local
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.ref!r}, {len(self.tensors)} tensors)"
@@ -203,27 +230,29 @@ class Checkpoint:
         return to_float32(self._source.read_raw(info, start, stop), info.dtype)
 
 
-def open_checkpoint(ref: str | Path, ctx: Context) -> Checkpoint:
+def open_checkpoint(ref: str | Path, ctx: Context, *, weights: When = "now") -> Checkpoint:
     """Open a model for reading: config and headers are read and checked, weights are not.
 
     Args:
         ref: a stage name in `ctx.models`, a directory (relative to `ctx.base_dir`), `org/name[@revision]` on the hub,
             or `<model>+<adapter>` with a peft LoRA directory or hub id.
         ctx: where names resolve, and whether pickles and remote code are allowed.
+        weights: "later": those of a model on the hub stay there until `Checkpoint.fetch`; config, tokenizer and
+            headers are enough to open it. Adapters and pickles are downloaded at once.
 
     Raises:
         CheckpointError: not found, not a checkpoint, damaged, pickled or with remote code without permission.
         HubError: the hub cannot be reached.
     """
     try:
-        return _open(ref, ctx)
+        return _open(ref, ctx, weights)
     except OSError as e:
         raise CheckpointError(f"{e.filename or ref}: cannot be read: {e.strerror}") from e
 
 
-def _open(ref: str | Path, ctx: Context) -> Checkpoint:
+def _open(ref: str | Path, ctx: Context, weights: When) -> Checkpoint:
     if (parts := split_adapter(ref, ctx)) is not None:
-        base = open_checkpoint(parts[0], ctx)
+        base = open_checkpoint(parts[0], ctx, weights=weights)
         adapter = open_adapter(parts[1], base.tensors, ctx)
         return Checkpoint(
             ref=str(ref),
@@ -235,10 +264,13 @@ def _open(ref: str | Path, ctx: Context) -> Checkpoint:
             sidecars=base.sidecars,
             adapters=(*base._adapters, adapter),
         )
-    located = resolve(ref, ctx)
+    located = resolve(ref, ctx, weights=weights)
     config = read_config(located.path, trust_remote_code=ctx.trust_remote_code)
-    weights = find_weights(located.path, allow_pickle=ctx.allow_pickle)
-    source = open_source(weights)
+    if (listing := located.listing) is None:
+        source = open_source(find_weights(located.path, allow_pickle=ctx.allow_pickle))
+    else:
+        names = [name for name in listing.sizes if "/" not in name]
+        source = RemoteSource(listing, find_weights(located.path, allow_pickle=ctx.allow_pickle, names=names))
     if not source.tensors:
         raise CheckpointError(f"{located.path}: holds no tensors")
     return Checkpoint(
@@ -289,6 +321,7 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> dict[str
         raise CheckpointError(f"{file}: cannot be read as JSON: {e}") from e
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: expected an object, found {type(config).__name__}")
+    _check_types(file, config)
     if "auto_map" in config and not trust_remote_code:
         raise CheckpointError(
             f"{file}: `auto_map` asks to run Python code of this checkpoint ({config['auto_map']!r}); read that code, "
@@ -297,24 +330,40 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> dict[str
     return config
 
 
+def _check_types(file: Path, config: Mapping[str, Any]) -> None:
+    """What is read here without transformers must be of the kind that transformers writes."""
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{file}: `architectures` must be a list of class names, found {names!r}")
+    if not isinstance(config.get("model_type", ""), str):
+        raise CheckpointError(f"{file}: `model_type` must be a string, found {config['model_type']!r}")
+    quantisation = config.get("quantization_config") or {}
+    if not isinstance(quantisation, dict):
+        raise CheckpointError(f"{file}: `quantization_config` must be an object, found {quantisation!r}")
+
+
 def _without_tied_head(path: Path, config: Mapping[str, Any], source: Source) -> Mapping[str, TensorInfo]:
     """The tensors less an output head that repeats tied embeddings.
 
     Many fine-tunes store both although the config ties them. Equal bytes: the head is a copy and is left out, as
     transformers leaves it out. Unequal ones contradict the flag: which of the two is meant only a person can say
-    (transformers#45127: the flag destroys a merged head).
+    (transformers#45127: the flag destroys a merged head). While the weights are on the hub they are taken for equal:
+    unequal ones are an error in any case, only found later, by `Checkpoint.fetch`.
     """
     embeddings = [t for n, t in source.tensors.items() if is_embedding(n)]
     heads = [t for n, t in source.tensors.items() if is_head(n)]
     if not embeddings or not heads or not ties_with_a_stored_head(config):
         return source.tensors
     head, embedding = heads[0], embeddings[0]
-    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
-        np.array_equal(
-            source.read_raw(head, at, min(at + _COMPARE, head.size)),
-            source.read_raw(embedding, at, min(at + _COMPARE, head.size)),
+    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and (
+        isinstance(source, RemoteSource)
+        or all(
+            np.array_equal(
+                source.read_raw(head, at, min(at + _COMPARE, head.size)),
+                source.read_raw(embedding, at, min(at + _COMPARE, head.size)),
+            )
+            for at in range(0, head.size, _COMPARE)
         )
-        for at in range(0, head.size, _COMPARE)
     )
     if not same:
         raise CheckpointError(

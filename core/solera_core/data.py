@@ -10,8 +10,9 @@ file name and sharding never matter for pairing, caching or leak checks.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ __all__ = [
     "Encoded",
     "Messages",
     "Text",
+    "check_source",
+    "data_path",
     "domains_of",
     "encode",
+    "path_bytes",
     "read_documents",
     "read_jsonl",
 ]
@@ -80,11 +84,12 @@ class Messages:
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of text with its domain and content hash."""
+    """One piece of text with its domain and content hash; `where` is `file:line`, for messages."""
 
     id: str
     domain: str | None
     content: Text | Messages
+    where: str = field(default="", compare=False)
 
     @property
     def n_bytes(self) -> int:
@@ -102,6 +107,17 @@ class Encoded:
     targets: tuple[bool, ...]
 
 
+def data_path(source: DataSource, base_dir: Path) -> Path | None:
+    """The file or directory of a source on this machine; None for a hub dataset."""
+    return None if source.path.startswith("hub:") else base_dir / Path(source.path).expanduser()
+
+
+def path_bytes(path: Path) -> int:
+    """Size of a file, or of all files in a folder."""
+    files = [p for p in path.iterdir() if p.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
 def read_documents(
     sources: DataSource | Sequence[DataSource], *, base_dir: Path, require_domain: bool = False
 ) -> list[Document]:
@@ -114,17 +130,16 @@ def read_documents(
     documents: list[Document] = []
     for source in [sources] if isinstance(sources, DataSource) else sources:
         found: list[Document] = []
-        for where, row in _rows(source, base_dir):
-            found.append(_document(row, source, where))
-            if source.limit is not None and len(found) >= source.skip + source.limit:
-                break
+        with closing(_rows(source, base_dir)) as rows:  # an error would keep the file open while it is handled
+            for where, row in rows:
+                found.append(_document(row, source, where))
+                if source.limit is not None and len(found) >= source.skip + source.limit:
+                    break
         found = found[source.skip :]
         if not found:
             raise DataError(f"{source.path}: no documents{f' after skipping {source.skip}' if source.skip else ''}")
         if require_domain and (bare := next((d for d in found if d.domain is None), None)):
-            raise DataError(
-                f"{source.path}: document {bare.id} has no domain; add `domain:` to the source or a `domain` column"
-            )
+            raise DataError(f"{bare.where}: has no domain; add `domain:` to the source or a `domain` column")
         documents += found
     return documents
 
@@ -154,13 +169,16 @@ def encode(document: Document, tokenizer: Any, *, add_eos: bool) -> Encoded:
         tail = list(tokenizer(completion, add_special_tokens=False).input_ids)
         learned = tail + ([eos] if add_eos and eos is not None else [])
         return Encoded(tuple(head + learned), (False,) * len(head) + (True,) * len(learned))
+    where = document.where or f"document {document.id}"
+    name = f" of {tokenizer.name_or_path}" if getattr(tokenizer, "name_or_path", None) else ""
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
-            f"document {document.id} is a chat, but the tokenizer has no chat template; add one or use text"
+            f"{where}: is a chat, but the tokenizer{name} has no chat template; add a chat_template.jinja to the "
+            "model, or use `prompt` and `completion` rows"
         )
     if not tokenizer.is_fast:
         raise DataError(
-            f"document {document.id} is a chat, but the tokenizer ({type(tokenizer).__name__}) cannot say which "
+            f"{where}: is a chat, but the tokenizer{name} ({type(tokenizer).__name__}) cannot say which "
             "characters a token covers; use one with a tokenizer.json, or `prompt` and `completion` rows"
         )
     turns = [{"role": role, "content": content} for role, content in document.content.turns]
@@ -172,8 +190,8 @@ def encode(document: Document, tokenizer: Any, *, add_eos: bool) -> Encoded:
         after = _render(tokenizer, turns[: i + 1], generation_prompt=False)
         if not after.startswith(before) or not before.startswith(text):
             raise DataError(
-                f"document {document.id}: the chat template rewrites earlier turns, so what belongs to the assistant "
-                "cannot be told; use `prompt` and `completion` rows instead"
+                f"{where}: the chat template of the tokenizer{name} rewrites earlier turns, so what belongs to the "
+                "assistant cannot be told; use `prompt` and `completion` rows instead"
             )
         spans.append((len(before), len(after)))
         text = after
@@ -213,7 +231,7 @@ def _document(row: Mapping[str, Any], source: DataSource, where: str) -> Documen
     canonical = json.dumps(
         content.turns if isinstance(content, Messages) else [content.prompt, content.completion], ensure_ascii=True
     )
-    return Document(hashlib.sha256(canonical.encode()).hexdigest()[:16], domain, content)
+    return Document(hashlib.sha256(canonical.encode()).hexdigest()[:16], domain, content, where)
 
 
 def _string(row: Mapping[str, Any], key: str, where: str, *, empty: bool = False) -> str:
@@ -242,24 +260,37 @@ def _messages(value: Any, where: str) -> Messages:
     return Messages(tuple(turns))
 
 
-def _rows(source: DataSource, base_dir: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if source.path.startswith("hub:"):
+def _rows(source: DataSource, base_dir: Path) -> Generator[tuple[str, Mapping[str, Any]], None, None]:
+    path = data_path(source, base_dir)
+    if path is None:
         yield from _hub_rows(source)
         return
-    path = base_dir / Path(source.path).expanduser()
+    for file in _files(path):
+        yield from _READERS[file.suffix](file, source)
+
+
+def check_source(source: DataSource, *, base_dir: Path) -> None:
+    """Refuse a source whose files are not there or of no known kind; reads none, and asks no hub.
+
+    Raises:
+        DataError: naming the path.
+    """
+    path = data_path(source, base_dir)
+    if path is not None:
+        _files(path)
+
+
+def _files(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in _READERS)
         if not files:
             raise DataError(f"{path}: no {', '.join(_READERS)} files in this directory")
-    elif path.exists():
-        files = [path]
-    else:
+        return files
+    if not path.exists():
         raise DataError(f"{path}: no such file (data paths are relative to the recipe)")
-    for file in files:
-        reader = _READERS.get(file.suffix)
-        if reader is None:
-            raise DataError(f"{file}: unknown kind of file; expected {', '.join(_READERS)}")
-        yield from reader(file, source)
+    if path.suffix not in _READERS:
+        raise DataError(f"{path}: unknown kind of file; expected {', '.join(_READERS)}")
+    return [path]
 
 
 def _jsonl(file: Path, source: DataSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -281,10 +312,12 @@ def read_jsonl(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 where = f"{file}:{number}"
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as e:
+                except (json.JSONDecodeError, RecursionError) as e:
                     raise DataError(f"{where}: not valid JSON: {e}") from e
                 if not isinstance(row, Mapping):
                     raise DataError(f"{where}: expected an object, found {type(row).__name__}")
+                if "\\u" in line:
+                    _refuse_lone_surrogates(row, where)
                 yield where, row
     except FileNotFoundError as e:
         raise DataError(f"{file}: no such file") from e
@@ -294,17 +327,32 @@ def read_jsonl(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise DataError(f"{file}: not UTF-8: {e}") from e
 
 
+def _refuse_lone_surrogates(row: Any, where: str) -> None:
+    """JSON can write half of a surrogate pair; no tokenizer takes it, and no UTF-8 file can hold it."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        half = e.object[e.start]
+        raise DataError(
+            f"{where}: holds half of a surrogate pair ({half!r}), which is no character; the text was cut or damaged "
+            "when it was written: replace it (U+FFFD) or leave the row out"
+        ) from e
+
+
 def _json(file: Path, source: DataSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
     del source
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise DataError(f"{file}: not valid JSON: {e}") from e
+    except OSError as e:
+        raise DataError(f"{file}: cannot be read as text: {e}") from e
     if not isinstance(rows, list):
         raise DataError(f"{file}: expected a list of rows, found {type(rows).__name__}")
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise DataError(f"{file}[{number}]: expected an object, found {type(row).__name__}")
+        _refuse_lone_surrogates(row, f"{file}[{number}]")
         yield f"{file}[{number}]", row
 
 
@@ -313,6 +361,8 @@ def _plain(file: Path, source: DataSource) -> Iterator[tuple[str, Mapping[str, A
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise DataError(f"{file}: not UTF-8: {e}") from e
+    except OSError as e:
+        raise DataError(f"{file}: cannot be read as text: {e}") from e
     chunk: list[str] = []
     size, first = 0, 1
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
@@ -329,14 +379,18 @@ def _plain(file: Path, source: DataSource) -> Iterator[tuple[str, Mapping[str, A
 def _parquet(file: Path, source: DataSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
     del source
     try:
+        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as e:
         raise ConfigError(f"{file}: reading parquet needs the `data` extra: pip install 'solera[data]'") from e
     number = 0
-    for batch in pq.ParquetFile(file).iter_batches():
-        for row in batch.to_pylist():
-            yield f"{file}[{number}]", {k: v for k, v in row.items() if v is not None}
-            number += 1
+    try:
+        for batch in pq.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                yield f"{file}[{number}]", {k: v for k, v in row.items() if v is not None}
+                number += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{file}: cannot be read as parquet (row {number}): {e}") from e
 
 
 def _hub_rows(source: DataSource) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -1,6 +1,7 @@
 """What a safetensors file says about itself: 8 bytes of length, a JSON header, then the tensors end to end.
 
-Only the header is read; every statement in it is checked against the size of the file.
+Only the header is read; every statement in it is checked against the size of the file. `header_length` and
+`parse_header` are for whoever gets those bytes from elsewhere than a file on this machine.
 """
 
 import json
@@ -9,14 +10,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from solera_core.dtypes import ITEM_BYTES
 from solera_core.errors import CheckpointError
 
-__all__ = ["TensorInfo", "read_header"]
+__all__ = ["PREFIX_BYTES", "TensorInfo", "header_length", "parse_header", "read_header"]
 
-_HEADER_LIMIT_BYTES = 100_000_000  # as the safetensors package has it
+PREFIX_BYTES: Final = 8
+"""What stands before the header: its length."""
+
+_HEADER_LIMIT_BYTES: Final = 100_000_000  # as the safetensors package has it
+_AGAIN: Final = "download it again"
 
 
 @dataclass(frozen=True)
@@ -60,36 +65,52 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         with file.open("rb") as stream:
             actual = os.fstat(stream.fileno()).st_size
-            prefix = stream.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(
-                    f"{file}: only {actual} bytes, so it is not a safetensors file; download it again"
-                )
-            length = int.from_bytes(prefix, "little")
-            if length > _HEADER_LIMIT_BYTES:
-                raise CheckpointError(
-                    f"{file}: not a safetensors file (it starts with {prefix!r}); "
-                    "a Git LFS pointer or an HTML page saved under this name looks like this"
-                )
-            text = stream.read(length)
+            text = stream.read(header_length(file, stream.read(PREFIX_BYTES), actual))
     except OSError as e:
         raise CheckpointError(f"{file}: cannot be read: {e.strerror}") from e
-    if len(text) < length:
+    return parse_header(file, text, actual)
+
+
+def header_length(file: Path, prefix: bytes, actual: int, *, way_out: str = _AGAIN) -> int:
+    """The length of the header that `prefix`, the first bytes of a file of `actual` bytes, announces.
+
+    Raises:
+        CheckpointError: not safetensors, or too short for its own header; `way_out` says what to do about it.
+    """
+    if len(prefix) < PREFIX_BYTES:
+        raise CheckpointError(f"{file}: only {actual} bytes, so it is not a safetensors file; {way_out}")
+    length = int.from_bytes(prefix, "little")
+    if length > _HEADER_LIMIT_BYTES:
         raise CheckpointError(
-            f"{file}: truncated: the header alone needs {8 + length} bytes, the file has {actual}; download it again"
+            f"{file}: not a safetensors file (it starts with {prefix!r}); "
+            "a Git LFS pointer or an HTML page saved under this name looks like this"
         )
+    if PREFIX_BYTES + length > actual:
+        raise CheckpointError(
+            f"{file}: truncated: the header alone needs {PREFIX_BYTES + length} bytes, the file has {actual}; {way_out}"
+        )
+    return length
+
+
+def parse_header(file: Path, text: bytes, actual: int, *, way_out: str = _AGAIN) -> dict[str, TensorInfo]:
+    """The tensors that the header `text` of `file`, which has `actual` bytes, describes, in order of their offsets.
+
+    Raises:
+        CheckpointError: as `read_header`; `way_out` says what to do about a damaged file.
+    """
     try:
         entries = json.loads(text, object_pairs_hook=_unique)
     except _DuplicateKeyError as e:
         raise CheckpointError(f"{file}: tensor {e} is listed twice in the header") from e
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise CheckpointError(f"{file}: the safetensors header is not valid JSON: {e}; download it again") from e
+        raise CheckpointError(f"{file}: the safetensors header is not valid JSON: {e}; {way_out}") from e
     if not isinstance(entries, dict):
-        raise CheckpointError(f"{file}: the safetensors header is not an object; download it again")
+        raise CheckpointError(f"{file}: the safetensors header is not an object; {way_out}")
     entries.pop("__metadata__", None)
-    tensors = [_entry(file, name, entry, 8 + length) for name, entry in entries.items()]
+    data_begin = PREFIX_BYTES + len(text)
+    tensors = [_entry(file, name, entry, data_begin) for name, entry in entries.items()]
     tensors.sort(key=lambda t: (t.begin, t.end))
-    _check_contiguous(file, tensors, 8 + length, actual)
+    _check_contiguous(file, tensors, data_begin, actual, way_out)
     return {t.name: t for t in tensors}
 
 
@@ -130,7 +151,7 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
 
 
-def _check_contiguous(file: Path, tensors: list[TensorInfo], data_begin: int, actual: int) -> None:
+def _check_contiguous(file: Path, tensors: list[TensorInfo], data_begin: int, actual: int, way_out: str) -> None:
     position, previous = data_begin, "the header"
     for tensor in tensors:
         if tensor.begin < position:
@@ -144,10 +165,10 @@ def _check_contiguous(file: Path, tensors: list[TensorInfo], data_begin: int, ac
         cut = next((t.name for t in tensors if t.end > actual), "")
         raise CheckpointError(
             f"{file}: truncated: the header promises {position} bytes, the file has {actual} "
-            f"(tensor {cut!r} is the first that is cut off); download it again"
+            f"(tensor {cut!r} is the first that is cut off); {way_out}"
         )
     if actual > position:
         raise CheckpointError(
             f"{file}: {actual - position} bytes behind the last tensor: the header promises {position} bytes, "
-            f"the file has {actual}; download it again"
+            f"the file has {actual}; {way_out}"
         )

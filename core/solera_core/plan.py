@@ -34,3 +34,15 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable mapping of the whole plan."""
         return asdict(self)
+
+    def renamed(self, old: str, new: str) -> "Plan":
+        """The plan with one path in place of another, wherever it is named."""
+
+        def rename(value: Any) -> Any:
+            if isinstance(value, str):
+                return value.replace(old, new)
+            if isinstance(value, Mapping):
+                return {key: rename(item) for key, item in value.items()}
+            return [rename(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+        return Plan(**rename(self.to_json()))

@@ -140,6 +140,8 @@ def read_provenance(directory: Path) -> dict[str, Any]:
         CheckpointError: it is missing or damaged.
     """
     file = directory / FILE_NAME
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
     if not file.exists():
         raise CheckpointError(f"{directory}: has no {FILE_NAME}; it was not made by solera")
     try:

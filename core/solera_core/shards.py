@@ -2,15 +2,16 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
 from solera_core.errors import CheckpointError
 from solera_core.headers import TensorInfo, read_header
 
-__all__ = ["Weights", "find_weights", "read_headers"]
+__all__ = ["Weights", "find_weights", "join_headers", "read_headers"]
 
 _SAFE: Final = ("model.safetensors", "model.safetensors.index.json")
 _PICKLE: Final = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -34,49 +35,56 @@ class Weights:
     pickled: bool
 
 
-def find_weights(directory: Path, *, allow_pickle: bool) -> Weights:
+def find_weights(directory: Path, *, allow_pickle: bool, names: Collection[str] | None = None) -> Weights:
     """The weight files that transformers would read, refusing what is ambiguous or unsafe.
+
+    Args:
+        directory: with the index, where there is one.
+        allow_pickle: `.bin` files may be read.
+        names: of the files that belong to the model, where not all of them are in `directory` yet (None: those there).
 
     Raises:
         CheckpointError: no weights; only pickled ones and they are not allowed; an index that is damaged, names a
             missing file or one outside the directory; stale shards beside a newer model.
     """
-    for names, pickled in ((_SAFE, False), (_PICKLE, True)):
-        single, index = (directory / name for name in names)
-        if not single.exists() and not index.exists():
+    way_out = "download the model again" if names is None else "the repository is incomplete: choose another revision"
+    present = {p.name for p in directory.iterdir() if p.is_file()} if names is None else set(names)
+    for candidates, pickled in ((_SAFE, False), (_PICKLE, True)):
+        single, index = (directory / name for name in candidates)
+        if single.name not in present and index.name not in present:
             continue
         if pickled and not allow_pickle:
             raise CheckpointError(
-                f"{single if single.exists() else index}: the weights are pickled, and a pickle can run code "
+                f"{single if single.name in present else index}: the weights are pickled, and a pickle can run code "
                 "when opened; convert them to safetensors, or "
                 "pass --allow-pickle to read them with torch's restricted loader"
             )
-        if not index.exists():
-            _refuse_strays(directory, {single.name})
+        if index.name not in present:
+            _refuse_strays(directory, present, {single.name})
             return Weights((single,), None, None, pickled)
         weight_map = _read_index(index)
         listed = sorted(set(weight_map.values()))
-        if single.exists() and single.name not in listed:
+        if single.name in present and single.name not in listed:
             raise CheckpointError(
                 f"{directory}: holds both {single.name} and {index.name} that does not list it; one of them is left "
                 "over from another model: delete the wrong one"
             )
         files = tuple(directory / name for name in listed)
-        if absent := [f.name for f in files if not f.is_file()]:
+        if absent := [f.name for f in files if f.name not in present]:
             raise CheckpointError(
                 f"{index}: lists {', '.join(absent)}, but {'it is' if len(absent) == 1 else 'they are'} not there "
-                f"({len(files) - len(absent)} of {len(files)} shards are); download the model again"
+                f"({len(files) - len(absent)} of {len(files)} shards are); {way_out}"
             )
         if not pickled:
-            _refuse_strays(directory, set(listed))
+            _refuse_strays(directory, present, set(listed))
         return Weights(files, weight_map, index, pickled)
-    shards = sorted(p.name for p in directory.glob("model-*-of-*.safetensors"))
+    shards = sorted(name for name in present if fnmatch(name, "model-*-of-*.safetensors"))
     if shards:
         raise CheckpointError(
             f"{directory}: holds shards ({', '.join(shards[:3])}{', ...' if len(shards) > 3 else ''}) "
-            f"but no {_SAFE[1]}; download the model again"
+            f"but no {_SAFE[1]}; {way_out}"
         )
-    if (directory / "adapter_config.json").exists():
+    if "adapter_config.json" in present:
         raise CheckpointError(
             f"{directory}: is a LoRA adapter, not a model; write it as "
             f"<model>+{directory.name}, behind the model it was made for"
@@ -90,12 +98,21 @@ def read_headers(weights: Weights) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: a damaged file, a tensor in two shards, listed but absent, or present but unlisted.
     """
+    return join_headers(weights, map(read_header, weights.files))
+
+
+def join_headers(weights: Weights, headers: Iterable[Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """All tensors of `weights`, whose files have these `headers` in this order, compared with the index.
+
+    Raises:
+        CheckpointError: as `read_headers`.
+    """
     tensors: dict[str, TensorInfo] = {}
-    for file in weights.files:
-        for name, info in read_header(file).items():
+    for header in headers:
+        for name, info in header.items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{file}: tensor {name!r} is also in {tensors[name].file.name}; the shards are of two models"
+                    f"{info.file}: tensor {name!r} is also in {tensors[name].file.name}; the shards are of two models"
                 )
             tensors[name] = info
     if weights.weight_map is not None:
@@ -135,8 +152,8 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _refuse_strays(directory: Path, listed: set[str]) -> None:
-    strays = sorted(p.name for p in directory.iterdir() if _SHARD.fullmatch(p.name) and p.name not in listed)
+def _refuse_strays(directory: Path, present: Collection[str], listed: set[str]) -> None:
+    strays = sorted(name for name in present if _SHARD.fullmatch(name) and name not in listed)
     if strays:
         raise CheckpointError(
             f"{directory}: {strays[0]} is not part of the model ({', '.join(sorted(listed)[:2])}"

@@ -6,7 +6,7 @@ from typing import Final
 
 from solera_core.errors import CheckpointError
 
-__all__ = ["PATTERNS", "copy_sidecars", "find_sidecars"]
+__all__ = ["PATTERNS", "TOKENIZER_FILES", "copy_sidecars", "find_sidecars", "tokenizer_files"]
 
 _NAMES: Final = (
     "tokenizer.json",
@@ -38,6 +38,20 @@ _NAMES: Final = (
 _SUFFIXES: Final = (".tiktoken",)
 _TEMPLATE_FOLDERS: Final = ("additional_chat_templates",)
 
+TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "source.spm",
+)
+"""Files that hold a vocabulary: with one of these, or a `.tiktoken`, a checkpoint has a tokenizer."""
+
 PATTERNS: Final = (*_NAMES, *(f"*{s}" for s in _SUFFIXES), *(f"{folder}/*.jinja" for folder in _TEMPLATE_FOLDERS))
 """What a sidecar may be called, as patterns of paths relative to the checkpoint."""
 
@@ -52,6 +66,11 @@ def find_sidecars(directory: Path, *, code: bool = False) -> list[Path]:
     for folder in _TEMPLATE_FOLDERS:
         found += [p for p in (directory / folder).glob("*.jinja") if p.is_file()]
     return sorted(found)
+
+
+def tokenizer_files(names: Iterable[str]) -> list[str]:
+    """Those of the file names that hold a vocabulary; none: there is no tokenizer."""
+    return [name for name in names if name in TOKENIZER_FILES or name.endswith(_SUFFIXES)]
 
 
 def copy_sidecars(sidecars: Iterable[Path], directory: Path) -> None:

@@ -11,13 +11,13 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from solera_core.errors import DiskFullError, ResourceError, TargetError
 
-__all__ = ["check_target", "fsync_tree", "require_disk", "staged"]
+__all__ = ["check_apart", "check_target", "disk_errors", "fsync_tree", "require_disk", "staged"]
 
 RESUME_KEY_FILE = ".resume-key"
 _FULL = {
@@ -37,7 +37,7 @@ _BROKEN = (
     errno.EREMOTEIO,
     errno.ETIMEDOUT,
 )  # the disk, or the mount, under the target is gone
-_MARKS = ("solera.json", "config.json", "results.json", "run.json")
+_MARKS = ("solera.json", "results.json", "run.json")
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -45,9 +45,13 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
     Raises:
         TargetError: it exists and is not empty and `overwrite` is off; or it is no directory; or it is a directory
-            that solera did not make (replacing it could destroy something else); or it cannot be looked at.
+            that solera did not make (replacing it could destroy something else); or nothing can be made beside it; or
+            it cannot be looked at.
     """
     try:
+        beside = _existing(target.parent)
+        if not beside.is_dir() or not os.access(beside, os.W_OK | os.X_OK):
+            raise TargetError(f"{target}: cannot be written: {beside} is not a directory that you may write to")
         _check_target(target, overwrite=overwrite)
     except OSError as e:
         raise TargetError(f"{target}: cannot be read: {e.strerror}; choose another output path") from e
@@ -67,20 +71,68 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
         )
 
 
-def require_disk(target: Path, needed_bytes: int) -> None:
+def check_apart(target: Path, models: Sequence[Path], data: Iterable[Path] = ()) -> None:
+    """Refuse a target that is, holds or lies in the directory of a model that is read, or is or holds its text.
+
+    Raises:
+        TargetError: naming both.
+    """
+    place = target.resolve()
+    for model in models:
+        if place == model.resolve() or model.resolve() in place.parents:
+            where = "is" if place == model.resolve() else "lies in"
+            raise TargetError(f"{target}: {where} the directory of the input {model}; choose another output path")
+    for source in (*models, *data):
+        if place == source.resolve() or place in source.resolve().parents:
+            raise TargetError(f"{target}: holds the input {source}, which it would replace; choose another output path")
+
+
+def require_disk(target: Path, needed_bytes: int, *, downloads: Mapping[Path, int] | None = None) -> None:
     """Raise DiskFullError when the file system that will hold `target` has less than `needed_bytes` free.
 
-    What a killed run into the same target left behind counts as free: it is gone on with, or removed.
+    What a killed run into the same target left behind counts as free: it is gone on with, or removed. `downloads` are
+    the bytes that other directories will hold besides (a cache), wherever they are: what shares a file system is
+    counted together.
     """
-    existing = target.absolute().parent
+    needs = {target: needed_bytes} | {path: n for path, n in (downloads or {}).items() if n}
+    groups: dict[int, list[Path]] = {}
+    for path in needs:
+        groups.setdefault(_place(path, target).stat().st_dev, []).append(path)
+    for paths in groups.values():
+        existing = _place(paths[0], target)
+        free = shutil.disk_usage(existing).free + (_held_bytes(_staging_of(target)) if target in paths else 0)
+        needed = sum(needs[path] for path in paths)
+        if free < needed:
+            parts = "" if len(paths) == 1 else f" ({', '.join(f'{needs[p] / 1e9:.3f} for {p}' for p in paths)})"
+            way_out = "choose an output path" if target in paths else "set HF_HOME to a place"
+            raise DiskFullError(
+                f"{paths[0]}: needs {needed / 1e9:.3f} GB{parts}, but only {free / 1e9:.3f} GB are free on {existing}; "
+                f"free some space or {way_out} on another disk"
+            )
+
+
+def _place(path: Path, target: Path) -> Path:
+    """A folder on the file system that will hold `path`; a target is made beside itself."""
+    return _existing(path.parent if path == target else path)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the closest folder above it that exists."""
+    existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free + _held_bytes(_staging_of(target))
-    if free < needed_bytes:
-        raise DiskFullError(
-            f"{target}: needs {needed_bytes / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free on {existing}; "
-            "free some space or choose an output path on another disk"
-        )
+    return existing
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn the operating system's `no space left`, `quota exceeded` and `file too large` into DiskFullError."""
+    try:
+        yield
+    except OSError as e:
+        if (reason := _FULL.get(e.errno or 0)) is not None:
+            raise DiskFullError(f"{target}: {reason}. Make room and run again") from e
+        raise
 
 
 def _staging_of(target: Path) -> Path:

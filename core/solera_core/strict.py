@@ -60,14 +60,15 @@ def load_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: no such file") from e
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read as text: {e}") from e
-    loader = _UniqueKeyLoader(text)
-    loader.name = str(path)
     try:
-        return loader.get_single_data()
-    except yaml.YAMLError as e:
+        loader = _UniqueKeyLoader(text)  # refuses control characters at once
+        loader.name = str(path)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: a date such as 2026-13-45
         raise ConfigError(f"{path}: not valid YAML: {e}") from e
-    finally:
-        loader.dispose()
 
 
 def parse(model: type[ModelT], data: Any, *, where: str) -> ModelT:
@@ -82,18 +83,30 @@ def parse(model: type[ModelT], data: Any, *, where: str) -> ModelT:
         return model.model_validate(data)
     except ValidationError as e:
         lines: list[str] = []
-        for error in e.errors():
+        # Unknown keys first: a misspelt key also leaves another missing, and it is the typo that must be mended.
+        for error in sorted(e.errors(), key=lambda error: error["type"] != "extra_forbidden"):
             location = ".".join(str(part) for part in error["loc"])
             if error["type"] == "extra_forbidden":
                 owner = _model_at(model, error["loc"][:-1])
                 known = _keys(owner) if owner is not None else ()
                 lines.append(f"{location}: unknown key{did_you_mean(str(error['loc'][-1]), known)}")
+            elif error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+                lines.append(f"{location}.{_tag_problem(error.get('ctx', {}))}")
             elif error["type"] == "value_error":
                 lines.append(f"{location + ': ' if location else ''}{error.get('ctx', {}).get('error', error['msg'])}")
             else:
                 given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
                 lines.append(f"{location}: {error['msg'].lower()}{given}")
         raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from e
+
+
+def _tag_problem(context: Mapping[str, Any]) -> str:
+    """Of a key that says which kind of mapping this is (`kind: choice`): unknown, or not there."""
+    key = str(context["discriminator"]).strip("'")
+    known = [tag.strip("' ") for tag in str(context.get("expected_tags", "")).split(",")]
+    if "tag" in context:
+        return f"{key}: unknown {key} {context['tag']!r}{did_you_mean(str(context['tag']), known)}"
+    return f"{key}: is missing; it says which settings are meant"
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

@@ -158,6 +158,8 @@ class LayerDrop(Strict):
     def _one(self) -> "LayerDrop":
         if sum(x is not None for x in (self.layers, self.ratio, self.keep)) != 1:
             raise ValueError("give exactly one of layers, ratio and keep")
+        if self.layers == 1:
+            raise ValueError("layers: 1 is too few: first and last layer stay, so at least 2; or use `keep`")
         if self.keep is not None and self.keep != sorted(set(self.keep)):
             raise ValueError(f"keep: layers must be ascending, each once; given: {self.keep}")
         return self

@@ -9,17 +9,17 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from solera_core.architecture import num_layers, text_config
+from solera_core.architecture import layer_of, num_layers, text_config
 from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
-from solera_core.data import DataSource, read_documents
+from solera_core.data import DataSource, check_source, data_path, path_bytes, read_documents
 from solera_core.digest import json_digest
 from solera_core.dtypes import FLOATS, SAFETENSORS_NAME
-from solera_core.errors import CheckpointError, ConfigError, DataError, ResourceError
+from solera_core.errors import CheckpointError, ConfigError, ResourceError
 from solera_core.output import InputRecord, check_output, data_record, input_record, write_provenance
 from solera_core.plan import Plan
 from solera_core.shards import find_weights, read_headers
-from solera_core.staging import RESUME_KEY_FILE, check_target, require_disk, staged
+from solera_core.staging import RESUME_KEY_FILE, check_apart, check_target, require_disk, staged
 from solera_distill.config import (
     DistillConfig,
     InitConfig,
@@ -113,10 +113,11 @@ class _Training:
         sources = [("data", s) for s in config.data] + [("eval_data", s) for s in config.eval_data or ()]
         reads = [_model_row(self.student)] + [_model_row(c) for c in self.teacher_checkpoints]
         reads += [_data_row(name, s, self.ctx.base_dir) for name, s in sources]
-        size = sum(t.size for t in self.student.tensors.values())
         layers = num_layers(self.student.config) or 1
         kept = self.keep if isinstance(self.keep, int) else len(self.keep or range(layers))
-        parameters = round(size * kept / layers)
+        tensors = self.student.tensors.items()
+        parameters = sum(t.size for name, t in tensors if layer_of(name) is None)
+        parameters += round(sum(t.size for name, t in tensors if layer_of(name) is not None) * kept / layers)
         out_bytes = parameters * (4 if self.dtype == "float32" else 2)
         state_bytes = parameters * 12
         taught = {c.path: c for c in self.teacher_checkpoints}.values() if self.objective.kl else ()
@@ -189,6 +190,8 @@ class _Training:
                 "now; start it without `accelerate launch` or `torchrun`"
             )
         check_target(out, overwrite=self.ctx.overwrite)
+        models = [d for c in (self.student, *self.teacher_checkpoints) for d in c.directories]
+        check_apart(out, models, _files([*self.config.data, *(self.config.eval_data or ())], self.ctx.base_dir))
         require_disk(out, self.plan().disk_bytes)
         records = self.records()
         recipe = _recipe(self.config)
@@ -425,13 +428,15 @@ def _model_row(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _data_row(name: str, source: DataSource, base_dir: Path) -> dict[str, Any]:
     """One data source; a missing file is an error in a plan too."""
-    if source.path.startswith("hub:"):
-        return {"what": source.path, "path": source.path, "bytes": 0, "kind": name}
-    path = base_dir / Path(source.path).expanduser()
-    if not path.exists():
-        raise DataError(f"{path}: no such file (data paths are relative to the recipe)")
-    files = [p for p in path.iterdir() if p.is_file()] if path.is_dir() else [path]
-    return {"what": source.path, "path": str(path), "bytes": sum(f.stat().st_size for f in files), "kind": name}
+    path = data_path(source, base_dir)
+    if path is None:
+        return {"what": source.path, "path": source.path, "bytes": None, "kind": name, "note": "not fetched yet"}
+    check_source(source, base_dir=base_dir)
+    return {"what": source.path, "path": str(path), "bytes": path_bytes(path), "kind": name}
+
+
+def _files(sources: Sequence[DataSource], base_dir: Path) -> list[Path]:
+    return [path for source in sources if (path := data_path(source, base_dir)) is not None]
 
 
 def _recipe(config: TrainingConfig | InitConfig) -> dict[str, Any]:
@@ -465,6 +470,7 @@ def init(config: InitConfig, out: Path, ctx: Context) -> Path:
     from solera_distill.tokenizer import save_tokenizer, train_tokenizer
 
     check_target(out, overwrite=ctx.overwrite)
+    check_apart(out, [], _files(config.tokenizer.data, ctx.base_dir))
     require_disk(out, plan_init(config, ctx).disk_bytes)
     wanted = config.tokenizer
     records = [data_record("tokenizer.data", s, ctx.base_dir) for s in wanted.data]

@@ -11,15 +11,11 @@ from typing import Any, Final
 
 from solera_core.architecture import layer_of, num_layers, text_config
 from solera_core.checkpoint import Checkpoint
-from solera_core.dtypes import FLOATS
 from solera_core.errors import CheckpointError, ConfigError
-from solera_core.output import write_metadata
-from solera_core.writer import CheckpointWriter, TensorSpec
+from solera_core.fold import write_folded
 from solera_distill.config import LayerDrop
 
-__all__ = ["choose_layers", "layers_to_keep", "shortened_config", "write_layers"]
-
-_BLOCK: Final = 1 << 22  # elements copied at a time
+__all__ = ["choose_layers", "layers_to_keep", "renumbered", "shortened_config", "write_layers"]
 
 _INDEX_SETS: Final = ("mlp_only_layers", "no_rope_layer_indices", "global_attention_layers", "global_attn_layers")
 """Lists of layer numbers: renumbered."""
@@ -50,7 +46,7 @@ def layers_to_keep(drop: LayerDrop, layers: int, where: str) -> int | list[int]:
     """How many layers the student keeps, or exactly which.
 
     Raises:
-        ConfigError: more than there are, or too few to keep the first and the last.
+        ConfigError: more than there are.
     """
     if drop.keep is not None:
         if drop.keep[-1] >= layers:
@@ -59,10 +55,6 @@ def layers_to_keep(drop: LayerDrop, layers: int, where: str) -> int | list[int]:
     wanted = drop.layers if drop.layers is not None else max(2, int(layers * (drop.ratio or 0.0) + 0.5))
     if wanted > layers:
         raise ConfigError(f"layer_drop.layers: {wanted} of {where}, which has only {layers} layers")
-    if wanted < min(2, layers):
-        raise ConfigError(
-            f"layer_drop.layers: {wanted} of {where}: first and last layer stay, so at least 2; or use `keep`"
-        )
     return wanted
 
 
@@ -149,26 +141,12 @@ def write_layers(checkpoint: Checkpoint, keep: Sequence[int] | None, directory: 
                 f"{checkpoint.ref}: its tensors name layers {sorted(found)} in {sorted(stacks) or 'no stack'}, not 0 "
                 f"to {(num_layers(checkpoint.config) or 0) - 1} in one; layer_drop cannot shorten it"
             )
-        names = {name: new for name in names if (new := _renumbered(name, keep)) is not None}
-    specs = [
-        TensorSpec(new, checkpoint.tensors[old].dtype, checkpoint.tensors[old].shape) for old, new in names.items()
-    ]
-    directory.mkdir()
-    with CheckpointWriter(directory, specs) as writer:
-        for old, new in names.items():
-            info = checkpoint.tensors[old]
-            for at in range(0, info.size, _BLOCK):
-                stop = min(at + _BLOCK, info.size)
-                if checkpoint.is_overlaid(old) and info.dtype in FLOATS:
-                    writer.write_flat(new, at, checkpoint.read_flat(old, at, stop))
-                else:
-                    writer.write_raw(new, at, checkpoint.read_raw(old, at, stop))
-        writer.finish()
-    write_metadata(directory, config=config, sidecars=checkpoint.sidecars)
+        names = {name: new for name in names if (new := renumbered(name, keep)) is not None}
+    write_folded(checkpoint, directory, names=names, config=config)
 
 
-def _renumbered(name: str, keep: Sequence[int]) -> str | None:
-    """The name in the shortened model; None when its layer is left out."""
+def renumbered(name: str, keep: Sequence[int]) -> str | None:
+    """The name of a tensor in the model with the layers `keep` only; None when its layer is left out."""
     layer = layer_of(name)
     if layer is None:
         return name

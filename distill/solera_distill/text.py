@@ -53,10 +53,10 @@ def heldout_corpus(groups: Groups, training: Groups, tokenizer: Any, longest: in
         DataError: a document is also in the training text, so the figure would mean nothing.
     """
     seen = {d.id for d in training.all}
-    if shared := [d.id for d in groups.all if d.id in seen]:
+    if shared := [d.where or f"document {d.id}" for d in groups.all if d.id in seen]:
         raise DataError(
             f"eval_data: {len(shared)} of its {len(groups.all)} documents are also in the training data (the first is "
-            f"document {shared[0]}); leave them out of one, for example with `skip` and `limit`"
+            f"{shared[0]}); leave them out of one, for example with `skip` and `limit`"
         )
     domains = list(dict.fromkeys(d.domain or "text" for d in groups.all))
     encoded = [

@@ -5,15 +5,18 @@ import importlib.metadata
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from solera_core.checkpoint import Checkpoint, locate, open_checkpoint
+from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
+from solera_core.data import path_bytes
 from solera_core.errors import CheckpointError, DataError
+from solera_core.fold import write_folded
 from solera_core.plan import Plan
-from solera_core.staging import check_target, staged
+from solera_core.staging import check_apart, check_target, staged
 from solera_eval.config import ChoiceTask, EvalConfig, GenerateTask, TextTask
 from solera_eval.gate import check_policy, compare
 from solera_eval.records import METRIC_OF, ItemRecord, Results, TaskResult, summarise, write_results
@@ -42,15 +45,19 @@ def plan_evaluate(config: EvalConfig, ctx: Context) -> Plan:
     sizes = {name: sum(info.nbytes for info in model.tensors.values()) for name, model in models.items()}
     elements = max(sum(info.size for info in model.tensors.values()) for model in models.values())
     folders = [""] if config.model is not None else [f"{name}/" for name in models]
+    folded = max((sizes[name] for name, model in models.items() if _is_adapted(model)), default=0)
     sizes_of = {"results.json": _DOCUMENT_BYTES, "items.jsonl": items * _ITEM_BYTES}
     writes = [{"what": f"{folder}{file}", "bytes": size} for folder in folders for file, size in sizes_of.items()]
     writes += [{"what": name, "bytes": _DOCUMENT_BYTES} for name in _tops(config)]
     return Plan(
         stage="eval",
-        reads=[{"what": model.ref, "path": str(model.path), "bytes": sizes[name]} for name, model in models.items()],
+        reads=[
+            *({"what": m.ref, "path": str(m.path), "bytes": sizes[n], "kind": "model"} for n, m in models.items()),
+            *(_data_row(task) for task in suite.tasks),
+        ],
         writes=writes,
         memory_bytes=elements * _DTYPE_BYTES[config.dtype] + _ACTIVATIONS_BYTES,
-        disk_bytes=len(folders) * sum(sizes_of.values()) + len(_tops(config)) * _DOCUMENT_BYTES,
+        disk_bytes=len(folders) * sum(sizes_of.values()) + len(_tops(config)) * _DOCUMENT_BYTES + folded,
         parameters=config.model_dump(mode="json"),
         rows=[
             {
@@ -81,11 +88,13 @@ def evaluate(config: EvalConfig, out: Path, ctx: Context) -> Path:
     """
     check_target(out, overwrite=ctx.overwrite)
     suite, models = _prepare(config, ctx)
+    check_apart(out, [directory for model in models.values() for directory in model.directories])
     tokenizers = {name: _tokenizer(model.path, ctx) for name, model in models.items()}
     with staged(out, overwrite=ctx.overwrite) as staging, _threads(ctx.threads):
         results: dict[str, Results] = {}
         for name, model in models.items():
-            results[name] = _evaluate_one(name, model, tokenizers[name], suite, config, ctx)
+            with _loadable(model, staging) as path:
+                results[name] = _evaluate_one(name, model, path, tokenizers[name], suite, config, ctx)
             directory = staging if config.model is not None else staging / name
             directory.mkdir(exist_ok=True)
             write_results(directory, results[name])
@@ -117,8 +126,6 @@ def _prepare(config: EvalConfig, ctx: Context) -> tuple[Suite, dict[str, Checkpo
     if config.gate is not None:
         check_policy(config.gate, {task.name: METRIC_OF[task.config.kind] for task in suite.tasks})
     refs = config.named_models()
-    for ref in refs.values():
-        locate(ref, ctx)  # refuses what transformers could not load from a directory: a model with an adapter
     return suite, {name: open_checkpoint(ref, ctx) for name, ref in refs.items()}
 
 
@@ -128,6 +135,12 @@ def _tokenizer(path: Path, ctx: Context) -> Any:
     tokenizer: Any = load_tokenizer(path, trust_remote_code=ctx.trust_remote_code)
     tokenizer.model_max_length = sys.maxsize  # long texts are cut into windows here: its warning would mislead
     return tokenizer
+
+
+def _data_row(task: LoadedTask) -> dict[str, Any]:
+    given = task.config.data
+    where = str(task.path or given)
+    return {"what": f"task {task.name}", "path": where, "bytes": task.path and path_bytes(task.path), "kind": "data"}
 
 
 def _tops(config: EvalConfig) -> list[str]:
@@ -152,20 +165,33 @@ def _warnings(config: EvalConfig, suite: Suite) -> list[str]:
     ]
 
 
+@contextlib.contextmanager
+def _loadable(model: Checkpoint, staging: Path) -> Iterator[Path]:
+    """A directory that transformers can load: the model's own; under an adapter one that is written for the while."""
+    if not _is_adapted(model):
+        yield model.path
+        return
+    with tempfile.TemporaryDirectory(dir=staging, prefix=".folded-") as scratch:
+        write_folded(model, Path(scratch) / "model")
+        yield Path(scratch) / "model"
+
+
+def _is_adapted(model: Checkpoint) -> bool:
+    return any(model.is_overlaid(name) for name in model.tensors)
+
+
 # one model -----------------------------------------------------------------------------------------------------------
 
 
 def _evaluate_one(
-    name: str, checkpoint: Checkpoint, tokenizer: Any, suite: Suite, config: EvalConfig, ctx: Context
+    name: str, checkpoint: Checkpoint, path: Path, tokenizer: Any, suite: Suite, config: EvalConfig, ctx: Context
 ) -> Results:
     from solera_core.causal_lm import load_model
     from solera_core.inspect import parameter_count
     from solera_eval.tokens import describe_prefix
 
     count = parameter_count(checkpoint)
-    model = load_model(
-        checkpoint.path, dtype=config.dtype, trust_remote_code=ctx.trust_remote_code, allow_pickle=ctx.allow_pickle
-    )
+    model = load_model(path, dtype=config.dtype, trust_remote_code=ctx.trust_remote_code, allow_pickle=ctx.allow_pickle)
     tasks: list[TaskResult] = []
     items: list[ItemRecord] = []
     for task in suite.tasks:

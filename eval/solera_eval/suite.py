@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from solera_core.data import Document, Text, read_documents, read_jsonl
+from solera_core.data import Document, Text, data_path, read_documents, read_jsonl
 from solera_core.errors import ConfigError, DataError
 from solera_core.strict import load_yaml, parse
 from solera_eval.config import ChoiceTask, GenerateTask, SuiteConfig, TextTask
@@ -66,10 +66,11 @@ Item = TextItem | ChoiceItem | GenerateItem
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task's settings and its items."""
+    """A task's settings, its items, and what they were read from (None: a hub dataset)."""
 
     config: TextTask | ChoiceTask | GenerateTask
     items: tuple[Item, ...]
+    path: Path | None = None
 
     @property
     def name(self) -> str:
@@ -132,15 +133,17 @@ def load_suite(config: SuiteConfig, *, base_dir: Path) -> Suite:
     for task in config.tasks:
         items: list[Item]
         if isinstance(task, TextTask):
+            path = data_path(task.data, base_dir)
             documents = read_documents(task.data, base_dir=base_dir)
             items = [TextItem(document.id, document) for document in documents[: task.limit]]
         else:
             path = base_dir / Path(task.data).expanduser()
             read = _choice if isinstance(task, ChoiceTask) else _generate
-            items = [read(row, where) for where, row in _rows(path, task.limit)]
+            rows = list(_rows(path, task.limit))  # all, so that an error in one leaves no file open
+            items = [read(row, where) for where, row in rows]
         if not items:
             raise DataError(f"task {task.name!r}: no items in {task.data}")
-        tasks.append(LoadedTask(task, tuple(_numbered(items, task.name))))
+        tasks.append(LoadedTask(task, tuple(_numbered(items, task.name)), path))
     return Suite(config.suite, tuple(tasks))
 
 

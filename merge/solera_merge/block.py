@@ -21,10 +21,11 @@ Float32: TypeAlias = npt.NDArray[np.float32]
 CHUNK_ELEMENTS = 4096
 """Blocks start at multiples of this, so that sums over chunks do not depend on the size of the blocks."""
 
-Unit: TypeAlias = Literal["elements", "rows", "tensor"]
-"""How a tensor may be cut into blocks: anywhere (at multiples of `CHUNK_ELEMENTS`), between rows, not at all.
+Unit: TypeAlias = Literal["elements", "rows", "matrices", "tensor"]
+"""How a tensor may be cut into blocks: anywhere (at multiples of `CHUNK_ELEMENTS`), between rows or matrices, or not.
 
-A row is the last axis; of a vector the whole, of a scalar its one element.
+A row is the last axis, a matrix the last two (of fused experts, one expert); of a vector the whole, of a scalar its one
+element.
 """
 
 BLOCK_ELEMENTS = 16 * CHUNK_ELEMENTS
@@ -63,7 +64,8 @@ def block_starts(shape: tuple[int, ...], unit: Unit, step: int) -> list[int]:
     Args:
         shape: of the tensor.
         unit: see `Unit`.
-        step: elements a block at most, except that a row or a whole tensor is never cut. A multiple of CHUNK_ELEMENTS.
+        step: elements a block at most, except that a row, a matrix or a whole tensor is never cut. A multiple of
+            CHUNK_ELEMENTS.
 
     Example:
         >>> block_starts((5, 3000), "rows", 8192)
@@ -72,9 +74,9 @@ def block_starts(shape: tuple[int, ...], unit: Unit, step: int) -> list[int]:
     size = math.prod(shape)
     if unit == "tensor":
         step = max(size, 1)
-    elif unit == "rows":
-        row = max(shape[-1] if shape else 1, 1)
-        step = max(step // row, 1) * row
+    elif unit != "elements":
+        whole = max(math.prod(shape[-1:] if unit == "rows" else shape[-2:]), 1)
+        step = max(step // whole, 1) * whole
     return [*range(0, size, step), size]
 
 
@@ -84,6 +86,11 @@ Formula: TypeAlias = Callable[[Block], Float32]
 
 class Tensor(Protocol):
     """One output tensor with all its sources."""
+
+    @property
+    def name(self) -> str:
+        """Of the output tensor."""
+        ...
 
     @property
     def size(self) -> int:
@@ -98,6 +105,11 @@ class Tensor(Protocol):
     @property
     def keys(self) -> tuple[int, ...]:
         """One 128-bit random key a model, from (seed, name of the output tensor, reference of the model)."""
+        ...
+
+    @property
+    def model_ids(self) -> tuple[int, ...]:
+        """Which model of the merge each one is; in slices, the first model of one tensor may be another's second."""
         ...
 
     def blocks(self, unit: Unit = "elements") -> Iterator[Block]:

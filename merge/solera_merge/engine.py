@@ -8,6 +8,7 @@ writer's journal records: when it returns, its tensor is complete in the output.
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from solera_core.progress import Progress
 from solera_core.writer import CheckpointWriter
 from solera_merge.block import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Float32
 from solera_merge.drift import relative
-from solera_merge.memory import Budget, default_memory_bytes
+from solera_merge.memory import Budget, default_memory_bytes, keep_freed_memory
 from solera_merge.methods.catalogue import METHODS
 from solera_merge.plan import COPY, TensorPlan, tensor_bytes
 from solera_merge.streams import RawStream, StreamedTensor
@@ -51,13 +52,18 @@ def execute(
             and the other threads stop at their next block.
         OSError: the disk is full.
     """
+    keep_freed_memory()
     stop = threading.Event()
     lock = threading.Lock()
     failed: list[BaseException] = []  # the first error; those that come after it may only be its consequences
     open_tensors = [tensor for tensor in tensors if not writer.is_done(tensor.name)]
     total = sum(checkpoints[s.model].tensors[s.name].nbytes for tensor in open_tensors for s in tensor.sources)
     budget = Budget(default_memory_bytes() if memory_bytes is None else memory_bytes)
-    with progress.task("merging", total, "bytes") as task, ThreadPoolExecutor(threads, "merge") as pool:
+    with (
+        _one_lapack_thread(open_tensors),
+        progress.task("merging", total, "bytes") as task,
+        ThreadPoolExecutor(threads, "merge") as pool,
+    ):
 
         def advance(amount: int) -> None:
             if stop.is_set():
@@ -91,6 +97,15 @@ def execute(
         finally:  # also on KeyboardInterrupt
             stop.set()
             pool.shutdown(cancel_futures=True)
+
+
+def _one_lapack_thread(tensors: Sequence[TensorPlan]) -> AbstractContextManager[object]:
+    """LAPACK's last bits depend on the number of its threads; and ours keep the cores busy already."""
+    if all(t.method == COPY or METHODS[t.method].unit_of(t.name, t.shape) != "matrices" for t in tensors):
+        return nullcontext()
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1)
 
 
 def merge_tensor(
@@ -147,7 +162,7 @@ def _merge_blocks(
     with np.errstate(over="ignore", invalid="ignore"):
         formula = method.function(streamed, *([] if method.survey is None else [finding]), **keywords)
         drift = np.zeros(2)
-        for block in streamed.blocks(method.unit):
+        for block in streamed.blocks(method.unit_of(tensor.name, tensor.shape)):
             merged = formula(block)
             add_drift_of_block(merged, block.models[0] if block.base is None else block.base, drift)
             if block.start >= first:

@@ -8,7 +8,7 @@ float32, float16 or bfloat16; everything else goes through the readable function
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,10 @@ from solera_merge.kernels.selection import TABLES, collect_bin, count_lower, cou
 from solera_merge.kernels.sparsified import merge_largest, merge_random
 from solera_merge.kernels.sums import weighted_deltas, weighted_sum
 from solera_merge.masks import split_key, threshold
-from solera_merge.methods.dare_ties import rescale_factors
 from solera_merge.methods.slerp import coefficients
 from solera_merge.reduction import LANES, add_parts, root_sums
-from solera_merge.selection import KEEP_ALL, KEEP_NONE, LOWER, UPPER, Cut, descend, kept
+from solera_merge.selection import KEEP_ALL, KEEP_NONE, LOWER, UPPER, Cut, count_kept, descend
+from solera_merge.task_vectors import rescale_factors
 
 __all__ = ["FUSED", "NotFiniteError", "RawBlock", "RawFormula", "RawTensor"]
 
@@ -121,9 +121,11 @@ def ties(
     density: Sequence[float],
     normalize: bool,
     lambda_: float,
+    scope: str,
     int8_mask: bool,
 ) -> RawFormula:
-    """As `methods.ties`."""
+    """As `methods.ties` for `scope: tensor`."""
+    assert scope == "tensor", "the engine takes the readable method for what a survey has found"
     del int8_mask
     cuts = largest_deltas(tensor, density)
     bits = np.array([cut.bits for cut in cuts], np.uint32)
@@ -134,30 +136,42 @@ def ties(
     )
 
 
-def dare_ties(
-    tensor: RawTensor,
-    /,
-    *,
-    weight: Sequence[float],
-    density: Sequence[float],
-    normalize: bool,
-    rescale: bool,
-    lambda_: float,
-    int8_mask: bool,
-) -> RawFormula:
+class Dare(TypedDict):
+    """The parameters of both."""
+
+    weight: Sequence[float]
+    density: Sequence[float]
+    normalize: bool
+    rescale: bool
+    lambda_: float
+    int8_mask: bool
+
+
+def dare_ties(tensor: RawTensor, /, **parameters: Unpack[Dare]) -> RawFormula:
     """As `methods.dare_ties`."""
-    del int8_mask
+    return _dare(tensor, elect=True, **parameters)
+
+
+def dare_linear(tensor: RawTensor, /, **parameters: Unpack[Dare]) -> RawFormula:
+    """As `methods.dare_linear`."""
+    return _dare(tensor, elect=False, **parameters)
+
+
+def _dare(tensor: RawTensor, *, elect: bool, **parameters: Unpack[Dare]) -> RawFormula:
+    weight, density = parameters["weight"], parameters["density"]
+    normalize = parameters["normalize"]
     keys = np.array([split_key(key) for key in tensor.keys], np.uint64)
     limits = np.array([threshold(d) for d in density], np.uint64)
-    kept_factors = np.array(rescale_factors(density, rescale=rescale), np.float32)
-    factors, scale = np.array(weight, np.float32), np.float32(lambda_)
+    kept = np.array(rescale_factors(density, rescale=parameters["rescale"]), np.float32)
+    factors, scale = np.array(weight, np.float32), np.float32(parameters["lambda_"])
+    divisor = np.float32(sum(weight) or 1.0)
     return lambda b, out, code, drift: merge_random(
-        b.raw, b.codes, b.n, b.start, keys, limits, kept_factors, factors, True, normalize, scale, out, code, drift
+        b.raw, b.codes, b.n, b.start, keys, limits, kept, factors, elect, normalize, divisor, scale, out, code, drift
     )
 
 
 FUSED: Mapping[str, Callable[..., RawFormula]] = MappingProxyType(
-    {f.__name__: f for f in (linear, passthrough, slerp, task_arithmetic, ties, dare_ties)}
+    {f.__name__: f for f in (linear, passthrough, slerp, task_arithmetic, ties, dare_ties, dare_linear)}
 )
 """By the name of the method."""
 
@@ -165,7 +179,7 @@ FUSED: Mapping[str, Callable[..., RawFormula]] = MappingProxyType(
 def largest_deltas(tensor: RawTensor, densities: Sequence[float]) -> list[Cut]:
     """As `solera_merge.selection.largest_deltas`, in two passes where the bin of the k-th magnitude is small."""
     cuts = {i: KEEP_ALL if d >= 1 else KEEP_NONE for i, d in enumerate(densities)}
-    wanted = {i: kept(d, tensor.size) for i, d in enumerate(densities) if 0 < d < 1 and tensor.size > 0}
+    wanted = {i: count_kept(d, tensor.size) for i, d in enumerate(densities) if 0 < d < 1 and tensor.size > 0}
     tables = {i: np.zeros((TABLES, UPPER), np.uint32) for i in wanted}
     zeros = dict.fromkeys(wanted, 0)
     for block in tensor.blocks() if wanted else ():

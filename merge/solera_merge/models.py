@@ -71,6 +71,8 @@ class Models:
 def open_models(config: MergeConfig, ctx: Context) -> Models:
     """Open every model that the recipe names; two references to one directory are one model.
 
+    The weights of models on the hub stay there until `Checkpoint.fetch`.
+
     Raises:
         InputError: one line for every model that cannot be opened or is quantised.
     """
@@ -80,7 +82,7 @@ def open_models(config: MergeConfig, ctx: Context) -> Models:
     known: dict[tuple[Path, str | None], int] = {}
     for ref in _references(config):
         try:
-            checkpoint = open_checkpoint(ref, ctx)
+            checkpoint = open_checkpoint(ref, ctx, weights="later")
             _refuse_quantised(checkpoint)
         except InputError as e:
             problems.add(e)

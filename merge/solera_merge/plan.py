@@ -20,6 +20,7 @@ from solera_core.dtypes import FLOATS, ITEM_BYTES, SAFETENSORS_NAME
 from solera_core.errors import CheckpointError, ConfigError, ResourceError
 from solera_core.plan import Plan
 from solera_core.ranges import stamp
+from solera_core.sidecars import tokenizer_files
 from solera_core.strict import did_you_mean
 from solera_core.version import __version__
 from solera_core.writer import TensorSpec, layout
@@ -34,6 +35,7 @@ from solera_merge.problems import Problems
 from solera_merge.resolve import resolve
 from solera_merge.runs import runs_of
 from solera_merge.targets import Target, find_targets
+from solera_merge.vocabulary import check_tokenizer
 
 __all__ = [
     "COPY",
@@ -54,6 +56,7 @@ COPY = "copy"
 
 _TEMPORARIES = 8  # float32 blocks that a formula and the cast hold besides the sources
 _SELECTION_BYTES = 4 << 20  # histograms and the elements of one bin, a model
+_SVD_BYTES = 10  # an element: float64, and a share of LAPACK's workspace (measured: 1.5 N + 13.5 matrices of float64)
 _TORCH_NAME = {name: torch for torch, name in SAFETENSORS_NAME.items()}
 
 
@@ -150,8 +153,16 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     warnings += notes
     _check_vocabulary(tensors, content, models)
     donor = _tokenizer_owner(config, models)
-    if not any(f.name.startswith(("tokenizer", "vocab", "tekken", "spiece", "sentencepiece")) for f in donor.sidecars):
-        warnings.append(f"{donor.path}: has no tokenizer, so the output will have none")
+    check_tokenizer(donor)
+    if not _has_tokenizer(donor):
+        if owners := [c.ref for c in models.checkpoints if _has_tokenizer(c)]:
+            raise ConfigError(
+                f"tokenizer_source: {donor.ref!r} ({donor.path}), whose tokenizer the output would get, has none; "
+                f"set `tokenizer_source: {owners[0]}`"
+                + (f" (or one of {', '.join(owners[1:])})" if owners[1:] else "")
+                + ", or copy the tokenizer files into that directory"
+            )
+        warnings.append(f"{donor.path}: has no tokenizer, and no other model here has one: the output will have none")
     if config.parameters.get("int8_mask"):
         warnings.append("parameters.int8_mask: has no effect (no mask is stored)")
     return MergePlan(tuple(tensors), content, tuple(donor.sidecars), tuple(dict.fromkeys(warnings))), models
@@ -171,7 +182,14 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
         for source in tensor.sources:
             used[source.model] += models.checkpoints[source.model].tensors[source.name].nbytes
     reads = [
-        {"what": c.ref, "path": str(c.path), "revision": c.revision, "bytes": used[i], "tensors": len(c.tensors)}
+        {
+            "what": c.ref,
+            "path": str(c.path),
+            "revision": c.revision,
+            "bytes": used[i],
+            "download_bytes": c.missing_bytes,
+            "tensors": len(c.tensors),
+        }
         for i, c in enumerate(models.checkpoints)
     ]
     writes: list[Mapping[str, Any]] = [{"what": s.file, "bytes": s.nbytes} for s in layout(plan.specs)]
@@ -195,11 +213,12 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
 
 
 def tensor_bytes(tensor: TensorPlan) -> int:
-    """Memory that merging one tensor takes: blocks of float32 of its sources, their raw bytes, and temporaries."""
-    unit = "elements" if tensor.method == COPY else METHODS[tensor.method].unit
+    """Memory that merging one tensor takes: blocks of its sources, stored and in float32, and temporaries."""
+    unit = "elements" if tensor.method == COPY else METHODS[tensor.method].unit_of(tensor.name, tensor.shape)
     starts = block_starts(tensor.shape, unit, BLOCK_ELEMENTS)
     block = starts[1] - starts[0] if len(starts) > 1 else 0
-    return (len(tensor.sources) * 2 + _TEMPORARIES) * block * 4 + len(tensor.models) * _SELECTION_BYTES
+    item_bytes = _SVD_BYTES if unit == "matrices" else 4
+    return (len(tensor.sources) * 2 + _TEMPORARIES) * block * item_bytes + len(tensor.models) * _SELECTION_BYTES
 
 
 def peak_bytes(tensors: Sequence[TensorPlan], ctx: Context) -> int:
@@ -327,6 +346,10 @@ def _main_dtype(tensors: Sequence[TensorPlan]) -> str:
         if tensor.dtype in FLOATS:
             total[tensor.dtype] += tensor.spec.size * ITEM_BYTES[tensor.dtype]
     return total.most_common(1)[0][0] if total else "F32"
+
+
+def _has_tokenizer(checkpoint: Checkpoint) -> bool:
+    return bool(tokenizer_files(file.name for file in checkpoint.sidecars))
 
 
 def _tokenizer_owner(config: MergeConfig, models: Models) -> Checkpoint:

@@ -1,14 +1,14 @@
 """Sums over a whole tensor whose last bit does not depend on blocks or threads."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 
-from solera_merge.block import CHUNK_ELEMENTS, Float32, Tensor
+from solera_merge.block import CHUNK_ELEMENTS, Block, Float32, Tensor
 
-__all__ = ["LANES", "add_parts", "gram", "norms_and_dot", "root_sums"]
+__all__ = ["LANES", "add_parts", "gram", "norms_and_dot", "root_sums", "sums_of_squares"]
 
 LANES = 32
 """Partial sums of a chunk."""
@@ -43,7 +43,7 @@ def _products(blocks: Iterable[Sequence[Float32]], count: int) -> list[list[floa
     for block in blocks:
         for i, row in enumerate(parts):
             for j, part in enumerate(row):
-                add_parts(part, _chunk_sums(np.multiply(block[i], block[j], dtype=np.float64)))
+                add_parts(part, _chunk_dots(block[i], block[j]))
     return [[math.fsum(parts[max(i, j)][min(i, j)]) for j in range(count)] for i in range(count)]
 
 
@@ -74,23 +74,26 @@ def root_sums(
     return math.sqrt(math.fsum(squares_base)), math.sqrt(math.fsum(squares_model)), math.fsum(products)
 
 
-def _chunk_sums(values: npt.NDArray[np.float64]) -> list[float]:
-    """The sums of chunks of 4096: element j goes to lane j mod 32, then the lanes are added in order.
+def sums_of_squares(tensor: Tensor, vectors: Callable[[Block], Sequence[Float32]]) -> list[float]:
+    """Sum x^2 over the whole tensor for every x that `vectors` makes of a block, in one pass, fp64; as above.
 
-    Lanes are what a compiled kernel can keep in registers (`kernels/norms.py` does the same, bit for bit).
+    Args:
+        tensor: read once.
+        vectors: block -> equally many vectors [n] for every block.
     """
-    whole = values.size // CHUNK_ELEMENTS * CHUNK_ELEMENTS
-    chunks = values[:whole].reshape(-1, CHUNK_ELEMENTS // LANES, LANES)
-    sums: list[float] = _add_lanes(np.add.reduce(chunks, axis=1)).tolist()
-    if whole < values.size:  # only the end of the tensor is not a whole chunk
-        end = np.zeros(-(-(values.size - whole) // LANES) * LANES)
-        end[: values.size - whole] = values[whole:]
-        sums.append(float(_add_lanes(np.add.reduce(end.reshape(1, -1, LANES), axis=1))[0]))
-    return sums
+    sums: list[list[float]] = []
+    for block in tensor.blocks():
+        found = vectors(block)
+        sums = sums or [[] for _ in found]
+        for partial_sums, x in zip(sums, found, strict=True):
+            add_parts(partial_sums, _chunk_dots(x, x))
+    return [math.fsum(partial_sums) for partial_sums in sums]
 
 
-def _add_lanes(lanes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    total = lanes[:, 0].copy()
-    for j in range(1, LANES):
-        total += lanes[:, j]
-    return total
+def _chunk_dots(a: Float32, b: Float32) -> list[float]:
+    """Sum a * b over chunks of 4096 in float64: element j goes to lane j mod 32, then the lanes are added in order."""
+    from solera_merge.kernels.norms import dot_chunks
+
+    sums = np.empty(-(-a.size // CHUNK_ELEMENTS))
+    dot_chunks(np.ascontiguousarray(a), np.ascontiguousarray(b), CHUNK_ELEMENTS, LANES, sums)
+    return cast("list[float]", sums.tolist())

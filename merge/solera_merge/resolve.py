@@ -9,6 +9,7 @@ from solera_merge.methods.catalogue import Method
 from solera_merge.methods.signature import REQUIRED, Parameter
 from solera_merge.models import Models
 from solera_merge.problems import Problems, some
+from solera_merge.scope import SHARED_OVER_MODEL
 from solera_merge.settings import evaluate, filters_of
 from solera_merge.targets import Target
 
@@ -23,7 +24,8 @@ def resolve(config: MergeConfig, targets: Sequence[Target], models: Models) -> l
     and the name in the output for what all share (as in mergekit).
 
     Raises:
-        ConfigError: a required parameter without a value, a filter that matches nothing, weights that cancel.
+        ConfigError: a required parameter without a value, a filter that matches nothing, weights that cancel, values
+            that the method calls impossible, several densities of a model where its scope is the model.
     """
     problems = Problems()
     _check_filters(config, targets, problems)
@@ -53,6 +55,8 @@ def resolve(config: MergeConfig, targets: Sequence[Target], models: Models) -> l
         problems.config(f"parameters: {config.merge_method} needs `{name}`{of}{which}")
     problems.raise_any()
     _check_weights(config.method, targets, resolved, problems)
+    _check_values(config.method, targets, resolved, problems)
+    _check_scope(config.method, targets, resolved, models, problems)
     problems.raise_any()
     return resolved
 
@@ -107,3 +111,43 @@ def _check_weights(
     if zero and (method.base != "required" or len(zero) == len(targets)):
         result = "the base itself" if method.base == "required" else "zero"
         problems.config(f"parameters.weight: all weights of {some(zero)} are 0, so the result would be {result}")
+
+
+def _check_values(
+    method: Method, targets: Sequence[Target], resolved: Sequence[Mapping[str, Any]], problems: Problems
+) -> None:
+    """Refuse values that the method calls impossible together."""
+    if method.check is None:
+        return
+    found: dict[str, list[str]] = {}
+    for target, values in zip(targets, resolved, strict=True):
+        try:
+            method.check(values)
+        except ValueError as e:
+            found.setdefault(str(e), []).append(target.name)
+    for message, names in found.items():
+        problems.config(f"parameters: {message} (for {some(names)})")
+
+
+def _check_scope(
+    method: Method,
+    targets: Sequence[Target],
+    resolved: Sequence[Mapping[str, Any]],
+    models: Models,
+    problems: Problems,
+) -> None:
+    """One threshold for all tensors of a model can't have several densities."""
+    for name in SHARED_OVER_MODEL if "scope" in method.parameters else ():
+        found: dict[str, dict[float, str]] = {}
+        for target, values in zip(targets, resolved, strict=True):
+            if values["scope"] == "model" and name in values:
+                others = [models.ref(s.model) for s in target.run.sources if s.model != target.run.base]
+                for ref, value in zip(others, values[name], strict=True):
+                    found.setdefault(ref, {}).setdefault(value, target.name)
+        for ref, by_value in found.items():
+            if len(by_value) > 1:
+                examples = " and ".join(f"{value:g} for {tensor!r}" for value, tensor in list(by_value.items())[:2])
+                problems.config(
+                    f"parameters.{name}: `scope: model` needs one value for all tensors of {ref!r}, found {examples}; "
+                    "give it one number, or set `scope: tensor`"
+                )

@@ -9,7 +9,7 @@ from solera_core.context import Context
 from solera_core.output import check_output, input_record, write_metadata, write_provenance
 from solera_core.plan import Plan
 from solera_core.reload_check import ReloadCheck
-from solera_core.staging import check_target, require_disk, staged
+from solera_core.staging import check_apart, check_target, require_disk, staged
 from solera_core.writer import CheckpointWriter
 from solera_merge.config import MergeConfig
 from solera_merge.drift import drift_report
@@ -28,6 +28,8 @@ _NOT_FORM = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 def plan_merge(config: MergeConfig, ctx: Context) -> Plan:
     """What `merge` would do, from configs and headers alone; no weight is read and nothing is written.
 
+    (Small files of models on the hub, adapters and pickled weights go into the hub's cache.)
+
     Raises:
         InputError: everything that is wrong with the recipe and the models as far as headers tell, one line each.
     """
@@ -38,21 +40,24 @@ def plan_merge(config: MergeConfig, ctx: Context) -> Plan:
 def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
     """Merge models into a new checkpoint at `out`; the same recipe, inputs and seed give the same bytes.
 
-    A run that was killed goes on where it stood when the same one is started again: tensors that it had finished are
-    hashed, not merged again.
+    Models on the hub are downloaded when everything that can be checked beforehand is right, at the commit that was
+    planned. A run that was killed goes on where it stood when the same one is started again: tensors that it had
+    finished are hashed, not merged again.
 
     Raises:
         InputError: as `plan_merge`; or the target is in the way; or an input holds NaN or infinity, or was changed.
-        ResourceError: a tensor needs more memory than allowed, or the disk is too small: found before any computation.
+        ResourceError: a tensor needs more memory than allowed, or the disk is too small: found before any computation
+            and any download of weights; or the hub fails during that download.
         VerificationError: what was written cannot be loaded as it should be (a bug, or a model that its own config
             does not describe).
     """
     check_target(out, overwrite=ctx.overwrite)
     plan, models = make_plan(config, ctx)
+    check_apart(out, [directory for checkpoint in models.checkpoints for directory in checkpoint.directories])
     for warning in plan.warnings:
         ctx.progress.note(warning)
     require_memory(plan.tensors, ctx)
-    require_disk(out, plan.disk_bytes)
+    _fetch(models, plan, out, ctx)
     key = plan_key(plan, models)
     with (
         staged(out, overwrite=ctx.overwrite, resume_key=key, flush=ctx.flush) as staging,
@@ -89,6 +94,15 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
             checks=checks,
         )
     return out
+
+
+def _fetch(models: Models, plan: MergePlan, out: Path, ctx: Context) -> None:
+    """Download what is still on the hub, if the disks have room for that and for the output."""
+    require_disk(out, plan.disk_bytes, downloads={c.path: c.missing_bytes for c in models.checkpoints})
+    for checkpoint in models.checkpoints:
+        if nbytes := checkpoint.missing_bytes:
+            ctx.progress.note(f"{checkpoint.ref}: downloading {nbytes / 1e9:.3f} GB")
+        checkpoint.fetch()
 
 
 def _reload_check(

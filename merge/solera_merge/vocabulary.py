@@ -1,4 +1,4 @@
-"""Whether two tokenizers give the same ids to the same tokens."""
+"""Whether a tokenizer can be read, and whether two give the same ids to the same tokens."""
 
 import filecmp
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from solera_core.checkpoint import Checkpoint
 from solera_core.errors import CheckpointError
 
-__all__ = ["Conflict", "conflicting_ids"]
+__all__ = ["Conflict", "check_tokenizer", "conflicting_ids"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,11 @@ class Conflict:
 
 
 def conflicting_ids(a: Checkpoint, b: Checkpoint) -> Conflict | None:
-    """Compare tokenizer.json of two models; None where one has none, or they are the same, byte for byte."""
+    """Compare tokenizer.json of two models; None where one has none, or they are the same, byte for byte.
+
+    Raises:
+        CheckpointError: a tokenizer.json that cannot be read.
+    """
     files = tuple(next((f for f in c.sidecars if f.name == "tokenizer.json"), None) for c in (a, b))
     if files[0] is None or files[1] is None:
         return None
@@ -46,8 +50,30 @@ def conflicting_ids(a: Checkpoint, b: Checkpoint) -> Conflict | None:
     return Conflict((files[0], files[1]), len(common), len(different), example)
 
 
+def check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Refuse files around the tokenizer that are no JSON, or that the tokenizers library does not take.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    from tokenizers import Tokenizer
+
+    for file in checkpoint.sidecars:
+        if file.suffix != ".json":
+            continue
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+            if file.name == "tokenizer.json":
+                Tokenizer.from_file(str(file))
+        except Exception as e:  # tokenizers raises bare Exception for what it does not take
+            raise CheckpointError(f"{file}: cannot be read: {e}; {_DAMAGED}") from e
+
+
+_DAMAGED = "it was damaged: download or copy it again"
+
+
 def _tokens(file: Path) -> dict[int, str]:
-    """Token by id; a file that cannot be understood has none, which hinders nothing (transformers will judge it)."""
+    """Token by id."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]
@@ -56,6 +82,8 @@ def _tokens(file: Path) -> dict[int, str]:
         else:  # unigram: a list of [token, score]
             tokens = {i: str(entry[0]) for i, entry in enumerate(vocabulary)}
         tokens |= {int(added["id"]): str(added["content"]) for added in content.get("added_tokens") or ()}
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return {}
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+        raise CheckpointError(
+            f"{file}: is not a tokenizer as the tokenizers library writes it: {e!r}; {_DAMAGED}"
+        ) from e
     return tokens

@@ -1,5 +1,6 @@
 """Documents: every format, every mistake with file and line, and token ids with the right targets."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,9 @@ WRONG: list[tuple[str, str]] = [
     ('{"messages": []}\n', r"d\.jsonl:1: `messages` must be a non-empty list"),
     ('{"messages": [{"role": "user"}]}\n', r"d\.jsonl:1: every message needs a string `role` and `content`"),
     ('{"messages": [{"role": "user", "content": "a"}]}\n', r"d\.jsonl:1: no assistant turn"),
+    ('{"text": "\\ud800 abc"}\n', r"d\.jsonl:1: holds half of a surrogate pair \('\\ud800'\)"),
+    ('{"messages": [{"role": "assistant", "content": "\\uDfff"}]}\n', r"d\.jsonl:1: holds half of a surrogate pair"),
+    ('{"text": ' + "[" * 100_000, r"d\.jsonl:1: not valid JSON"),
     ("", r"d\.jsonl: no documents"),
 ]
 
@@ -105,6 +109,8 @@ def test_mistakes_of_files(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
     (tmp_path / "x.txt").write_bytes(b"\xff")
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "\xff"}')
     (tmp_path / "x.json").write_text("{}")
+    (tmp_path / "half.json").write_text('[{"text": "a"}, {"text": "\\ud800"}]')
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
     for name, message in [
         ("none.txt", "no such file"),
         ("empty", "no .jsonl, .json, .txt, .md, .parquet files"),
@@ -112,12 +118,20 @@ def test_mistakes_of_files(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
         ("x.txt", "not UTF-8"),
         ("x.jsonl", "not UTF-8"),
         ("x.json", "expected a list of rows"),
+        ("x.parquet", "cannot be read as parquet"),
     ]:
         with pytest.raises(DataError, match=rf"{name}: {message}"):
             read(tmp_path / name)
+    with pytest.raises(DataError, match=r"half\.json\[1\]: holds half of a surrogate pair"):
+        read(tmp_path / "half.json")
     bare = write_jsonl(tmp_path / "bare.jsonl", [{"text": "a", "domain": "x"}, {"text": "b"}])
     with pytest.raises(DataError, match="has no domain; add `domain:`"):
         read_documents(DataSource(path="bare.jsonl"), base_dir=bare.parent, require_domain=True)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n')
+    assert read(tmp_path / "d.jsonl")[0].content == Text("", "\U0001f600")
 
 
 def test_a_bare_string_is_a_path() -> None:
@@ -178,8 +192,17 @@ def test_the_system_turn_and_the_last_question_are_no_targets(tokenizer_dir: Pat
 def test_chats_need_a_template_that_keeps_earlier_turns(tokenizer_dir: Path) -> None:
     tokenizer: Any = load_tokenizer(tokenizer_dir)
     chat = document(Messages((("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))))
-    with pytest.raises(DataError, match="the tokenizer has no chat template"):
+    with pytest.raises(DataError, match=r"document id: is a chat, but the tokenizer of .* has no chat template"):
         encode(chat, tokenizer, add_eos=True)
+    placed = dataclasses.replace(chat, where="chats.jsonl:7")
+    with pytest.raises(DataError, match=rf"^chats\.jsonl:7: is a chat, but the tokenizer of {tokenizer_dir} has no"):
+        encode(placed, tokenizer, add_eos=True)
     tokenizer.chat_template = "{{ messages[-1].content }}"
     with pytest.raises(DataError, match="rewrites earlier turns"):
         encode(chat, tokenizer, add_eos=True)
+
+
+def test_a_document_knows_its_line(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
+    file = write_jsonl(tmp_path / "d.jsonl", [{"text": "a"}, {"text": "b"}])
+    assert [d.where for d in read(file)] == [f"{file}:1", f"{file}:2"]
+    assert read(file)[0] == dataclasses.replace(read(file)[0], where="elsewhere")  # a place is no part of the content

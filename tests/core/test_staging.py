@@ -19,7 +19,7 @@ import pytest
 
 from solera_core import staging as core_staging
 from solera_core.errors import DiskFullError, ResourceError, TargetError
-from solera_core.staging import check_target, require_disk, staged
+from solera_core.staging import check_apart, check_target, require_disk, staged
 
 MARK = "solera.json"
 
@@ -427,6 +427,22 @@ def test_space_is_asked_for_beforehand(tmp_path: Path) -> None:
         require_disk(tmp_path / "out", 10**18)
 
 
+def test_what_shares_a_disk_is_counted_together(tmp_path: Path) -> None:
+    half = shutil.disk_usage(tmp_path).free * 2 // 3
+    require_disk(tmp_path / "out", half, downloads={tmp_path / "cache": 0})
+    require_disk(tmp_path / "out", 0, downloads={tmp_path / "cache": half})
+    with pytest.raises(DiskFullError, match=rf"out: needs .* GB \(.* for {tmp_path}/out, .* for {tmp_path}/cache\)"):
+        require_disk(tmp_path / "out", half, downloads={tmp_path / "cache": half})
+    with pytest.raises(DiskFullError, match=r"cache: needs 1000000000.*set HF_HOME to a place on another disk"):
+        require_disk(Path("/proc/out"), 0, downloads={tmp_path / "cache": 10**18})  # two file systems
+
+
+def test_a_target_that_cannot_be_made_is_found_beforehand(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(TargetError, match=r"out: cannot be written: .*/file is not a directory that you may write to"):
+        check_target(tmp_path / "file" / "deep" / "out", overwrite=False)
+
+
 def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     real_fsync: Callable[[Path], None] = core_staging._fsync
@@ -447,3 +463,37 @@ def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
         (staging / "sub" / "file").write_text(json.dumps({}))
     assert set(order[: order.index("rename")]) == {"file", "sub", ".out.solera-staging"}
     assert order[-1] == tmp_path.name  # the directory that holds the new name
+
+
+def test_a_checkpoint_that_solera_did_not_make_is_never_replaced(tmp_path: Path) -> None:
+    """Any model has a config.json; only solera.json says that it can be made again."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(TargetError, match="was not made by solera"):
+        check_target(tmp_path / "model", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("a/base", "is the directory of the input"),
+        ("link", "is the directory of the input"),
+        ("a/base/out", "lies in the directory of the input"),
+        ("a", "holds the input .*base"),
+        ("texts", r"holds the input .*t\.jsonl"),
+        ("texts/t.jsonl", r"holds the input .*t\.jsonl"),
+    ],
+)
+def test_a_target_and_its_inputs_are_apart(target: str, message: str, tmp_path: Path) -> None:
+    base, text = tmp_path / "a" / "base", tmp_path / "texts" / "t.jsonl"
+    base.mkdir(parents=True)
+    text.parent.mkdir()
+    (tmp_path / "link").symlink_to(base)
+    with pytest.raises(TargetError, match=message):
+        check_apart(tmp_path / target, [base], [text])
+
+
+@pytest.mark.parametrize("target", ["a/out", "a/base2", "texts/out"])
+def test_beside_its_inputs_a_target_is_welcome(target: str, tmp_path: Path) -> None:
+    check_apart(tmp_path / target, [tmp_path / "a" / "base"], [tmp_path / "texts"])
+    check_apart(tmp_path / "out", [], [tmp_path / "a"])

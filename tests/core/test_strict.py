@@ -140,3 +140,40 @@ class _Drawing(Strict):
 def test_inside_a_union_the_keys_of_the_tagged_model_are_suggested() -> None:
     with pytest.raises(ConfigError, match=r"shapes.0.square.sid: unknown key \(did you mean 'side'\?\)"):
         parse(_Drawing, {"shapes": [{"kind": "square", "sid": 2}]}, where="r.yml")
+
+
+class Cat(Strict):
+    kind: Literal["cat"]
+    lives: int = 9
+
+
+class Dog(Strict):
+    kind: Literal["dog"]
+
+
+class Zoo(Strict):
+    animals: list[Annotated[Cat | Dog, Field(discriminator="kind")]]
+
+
+def test_an_unknown_kind_is_named_with_the_one_that_was_meant() -> None:
+    with pytest.raises(ConfigError, match=r"r: animals\.0\.kind: unknown kind 'cta' \(did you mean 'cat'\?\)"):
+        parse(Zoo, {"animals": [{"kind": "cta"}]}, where="r")
+    with pytest.raises(ConfigError, match=r"r: animals\.0\.kind: is missing"):
+        parse(Zoo, {"animals": [{"lives": 1}]}, where="r")
+
+
+def test_unknown_keys_come_first() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(Zoo, {"animal": []}, where="r")
+    assert str(caught.value).splitlines() == [
+        "r: animal: unknown key (did you mean 'animals'?)",
+        "r: animals: field required",
+    ]
+
+
+@pytest.mark.parametrize("text", ["a: b\0c", "day: 2026-13-45", "a: [", "[" * 5000])
+def test_text_that_is_no_yaml(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "r.yml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"r\.yml: not valid YAML: "):
+        load_yaml(file)

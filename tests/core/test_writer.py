@@ -34,7 +34,7 @@ INDEX = "model.safetensors.index.json"
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "U8": torch.uint8}
 
 
-def write(directory: Path, tensors: dict[str, np.ndarray], dtype: str, **options: int) -> dict[str, str]:
+def write(directory: Path, tensors: dict[str, np.ndarray], dtype: str, **options: Any) -> dict[str, str]:
     directory.mkdir(parents=True, exist_ok=True)
     specs = [TensorSpec(name, dtype, values.shape) for name, values in tensors.items()]
     with CheckpointWriter(directory, specs, **options) as writer:

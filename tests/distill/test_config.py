@@ -78,6 +78,7 @@ def test_refused_tune_recipes(change: dict[str, Any], message: str) -> None:
         ({"student": {"from_": "s"}}, "student"),
         ({"student": {"from": "s", "layer_drop": {}}}, "exactly one of layers, ratio and keep"),
         ({"student": {"from": "s", "layer_drop": {"layers": 2, "ratio": 0.5}}}, "exactly one"),
+        ({"student": {"from": "s", "layer_drop": {"layers": 1}}}, "layers: 1 is too few: .* at least 2"),
         ({"student": {"from": "s", "layer_drop": {"keep": [1, 0]}}}, "ascending"),
         ({"student": {"from": "s", "layer_drop": {"ratio": 1.0}}}, "ratio"),
         ({"objective": {"kl": 0}}, "nothing to learn"),

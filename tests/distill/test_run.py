@@ -323,3 +323,20 @@ def test_overwrite_replaces_whole(tuned: Path, tmp_path: Path, ctx: Context, sma
     tune(config, tmp_path / "out", dataclasses.replace(ctx, overwrite=True))
     assert verify(tmp_path / "out") == []
     assert not [row for row in log(tmp_path / "out") if "heldout" in row]
+
+
+def test_the_size_of_a_hub_dataset_is_not_known_beforehand(
+    ctx: Context, small: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not 0 bytes: nothing is fetched for a plan."""
+    from solera.console import print_plan
+
+    config = parse(TuneConfig, {"model": "base", **small, "data": "hub:org/name"}, where="r")
+    plan = plan_tune(config, ctx)
+    (row,) = (row for row in plan.reads if row["kind"] == "data")
+    assert (row["bytes"], row["note"]) == (None, "not fetched yet")
+    print_plan(plan)
+    shown = next(
+        line for line in capsys.readouterr().out.splitlines() if "hub:org/name" in line and "not fetched" in line
+    )
+    assert "unknown" in shown

@@ -29,7 +29,6 @@ def test_how_many_stay() -> None:
     "given, message",
     [
         ({"layers": 6}, "6 of m, which has only 5 layers"),
-        ({"layers": 1}, "at least 2"),
         ({"keep": [0, 5]}, "layer 5 of m, which has layers 0 to 4"),
     ],
 )

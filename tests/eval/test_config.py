@@ -19,7 +19,7 @@ def refused(model: Any, data: Any) -> str:
 @pytest.mark.parametrize(
     ("task", "said"),
     [
-        ({"name": "t", "kind": "txt", "data": "x"}, "'text', 'choice', 'generate'"),
+        ({"name": "t", "kind": "txt", "data": "x"}, "kind: unknown kind 'txt' (did you mean 'text'?)"),
         ({"name": "t", "data": "x"}, "kind"),
         ({**TEXT, "windw_tokens": 3}, "did you mean 'window_tokens'"),
         ({**TEXT, "limit": 0}, "limit"),

@@ -55,10 +55,24 @@ def test_no_gain_no_share(make_results: MakeResults) -> None:
 
 def test_domains_are_kept_apart(make_results: MakeResults) -> None:
     base, specialist, model = three(make_results, 2.5)
-    with pytest.raises(DataError, match="no text item of domain 'other'"):
+    with pytest.raises(DataError, match="no item of domain 'other'"):
         retention(base, specialist, model, domain="other")
     with pytest.raises(DataError, match="without a partner: t/i29"):
         retention(base, specialist, make_results("short", {"t": nlls(2.0, n=29)}), domain="d")
+
+
+def test_a_domain_without_text_is_compared_by_its_answers(make_results: MakeResults) -> None:
+    """By hand: of 40 items the base gets 10 right, the specialist 30, the model 20: half of the gain is kept."""
+    base = make_results("base", {"t": [1] * 10 + [0] * 30})
+    specialist = make_results("specialist", {"t": [1] * 30 + [0] * 10})
+    model = make_results("model", {"t": [1] * 20 + [0] * 20})
+    kept = retention(base, specialist, model, domain="d")
+    assert (kept.kept, kept.gain, kept.documents, kept.measured_on) == (0.5, 0.5, 40, "answers")
+    assert kept.low is not None
+    assert kept.high is not None
+    assert 0 < kept.low < 0.5 < kept.high < 1
+    both = {"t": nlls(3.0), "u": [1] * 30}
+    assert retention(*(make_results(n, both) for n in "bsm"), domain="d").measured_on == "text"
 
 
 def test_churn_shows_what_equal_accuracy_hides(make_results: MakeResults) -> None:

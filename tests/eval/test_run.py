@@ -1,5 +1,6 @@
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,13 +204,47 @@ def test_a_model_without_a_tokenizer_is_refused(trained: Path, suite_tasks: Task
     refused(tmp_path, config(suite_tasks, models=[str(trained), "bare"]), CheckpointError, "bare: has no tokenizer")
 
 
-def test_a_model_with_an_adapter_is_refused_with_a_way_out(trained: Path, suite_tasks: Tasks, tmp_path: Path) -> None:
+def test_a_model_with_an_adapter_is_measured_as_peft_merges_it(
+    trained: Path, suite_tasks: Tasks, tmp_path: Path
+) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft on its own deprecations
+        torch.manual_seed(0)
+        settings = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(trained), settings)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn_like(parameter) * 0.4)
+        model.save_pretrained(str(tmp_path / "lora"))
+        shutil.copytree(trained, tmp_path / "merged")
+        model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    wanted = config(suite_tasks, models={"plain": str(trained), "adapted": f"{trained}+lora", "merged": "merged"})
+    ctx = Context(base_dir=tmp_path)
+    plan = plan_evaluate(wanted, ctx)
+    out = evaluate(wanted, tmp_path / "out", ctx)
+    plain, adapted, merged = (read_results(out / name) for name in ("plain", "adapted", "merged"))
+    for here, there, base in zip(adapted.items, merged.items, plain.items, strict=True):
+        assert here.item == there.item == base.item
+        if "nll" in here.detail:
+            assert here.nll == pytest.approx(there.nll, rel=1e-4)
+            assert here.nll != pytest.approx(base.nll, rel=1e-3)
+    assert adapted.model["ref"] == f"{trained}+lora"
+    assert adapted.model["digest"] != plain.model["digest"]
+    assert sorted(p.name for p in (out / "adapted").iterdir()) == ["items.jsonl", "results.json"]
+    weights = sum(p.stat().st_size for p in trained.glob("*.safetensors"))
+    assert plan.disk_bytes > 0.9 * weights
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
+def test_an_adapter_that_is_none_is_refused(trained: Path, suite_tasks: Tasks, tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
-    wanted = config(suite_tasks, models={"m": f"{trained}+{tmp_path / 'lora'}"})
-    refused(tmp_path, wanted, CheckpointError, "merge it into a directory first")
-    with pytest.raises(CheckpointError, match="merge it into a directory first"):
-        plan_evaluate(wanted, Context(base_dir=tmp_path))
+    refused(tmp_path, config(suite_tasks, models={"m": f"{trained}+lora"}), CheckpointError, "peft_type None")
 
 
 def test_a_missing_model_or_suite_is_refused(trained: Path, suite_tasks: Tasks, tmp_path: Path) -> None:

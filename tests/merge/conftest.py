@@ -31,6 +31,8 @@ class InMemory:
     step: int = CHUNK_ELEMENTS
     keys: tuple[int, ...] = field(default=())
     passes: int = 0
+    name: str = "weight"
+    model_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.shape = self.models[0].shape
@@ -38,6 +40,7 @@ class InMemory:
         self.models = [m.reshape(-1) for m in self.models]
         self.base = None if self.base is None else self.base.reshape(-1)
         self.keys = self.keys or tuple(range(1, len(self.models) + 1))
+        self.model_ids = self.model_ids or tuple(range(len(self.models)))
 
     def blocks(self, unit: Unit = "elements") -> Iterator[Block]:
         self.passes += 1
@@ -60,7 +63,7 @@ def in_memory() -> type[InMemory]:
 
 @pytest.fixture(scope="session")
 def apply() -> Callable[..., F32]:
-    """`apply(method, models, base, step=..., keys=..., **parameters)`: the whole merged tensor, block by block."""
+    """`apply(method, models, base, step=, keys=, name=, **parameters)`: the whole merged tensor, block by block."""
 
     def run(
         method: str,
@@ -69,14 +72,15 @@ def apply() -> Callable[..., F32]:
         *,
         step: int = CHUNK_ELEMENTS,
         keys: tuple[int, ...] = (),
+        name: str = "weight",
         **parameters: Any,
     ) -> F32:
         arrays = [np.asarray(m, np.float32) for m in models]
-        tensor = InMemory(arrays, None if base is None else np.asarray(base, np.float32), step, keys)
+        tensor = InMemory(arrays, None if base is None else np.asarray(base, np.float32), step, keys, name=name)
         entry = METHODS[method]
         finding = [] if entry.survey is None else list(entry.survey([tensor], [_by_recipe_name(entry, parameters)]))
         formula = entry.function(tensor, *finding, **parameters)
-        return np.concatenate([formula(block) for block in tensor.blocks(entry.unit)])
+        return np.concatenate([formula(block) for block in tensor.blocks(entry.unit_of(name, tensor.shape))])
 
     return run
 

@@ -154,6 +154,30 @@ def test_another_vocabulary_of_equal_size(refused: Refused, damaged: Path) -> No
     assert "of 300 token ids mean different tokens" in message
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": {"type": "BPE", "vocab": 3}}'])
+@pytest.mark.parametrize("models", [["damaged", "b"], ["b", "damaged"], ["damaged"]])
+def test_a_tokenizer_that_cannot_be_read(refused: Refused, damaged: Path, models: list[str], text: str) -> None:
+    """Of the model whose tokenizer the output gets, and of one whose tokens are compared with it."""
+    (damaged / "tokenizer.json").write_text(text)
+    assert f"{damaged / 'tokenizer.json'}: " in refused(CheckpointError, **LINEAR, models=models)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
+def test_a_file_beside_the_tokenizer_that_cannot_be_read(refused: Refused, damaged: Path, name: str) -> None:
+    (damaged / name).write_text("{")
+    assert f"{damaged / name}: cannot be read" in refused(CheckpointError, **LINEAR, models=["damaged", "b"])
+
+
+def test_the_tokenizers_owner_has_none(refused: Refused, damaged: Path) -> None:
+    for file in damaged.glob("tokenizer*"):
+        file.unlink()
+    message = refused(ConfigError, **LINEAR, models=["damaged", "b", "c"])
+    assert f"tokenizer_source: 'damaged' ({damaged})" in message
+    assert "set `tokenizer_source: b` (or one of c)" in message
+    refused(ConfigError, **LINEAR, models=["b", "damaged"], tokenizer_source="damaged")
+    refused(ConfigError, **(TASK | {"base_model": "damaged"}), models=["b", "c"])
+
+
 def test_slices_from_models_of_other_vocabularies(
     refused: Refused, make_model: Callable[..., Path], tmp_path: Path
 ) -> None:

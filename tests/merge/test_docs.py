@@ -32,6 +32,6 @@ def test_the_table_of_methods_is_the_catalogue(name: str) -> None:
         if parameter.default is REQUIRED:
             assert f"{shown}!" in listed
         else:
-            default = str(parameter.default).lower() if parameter.kind is bool else f"{parameter.default:g}"
+            default = str(parameter.default).lower() if parameter.kind in (bool, str) else f"{parameter.default:g}"
             assert re.search(rf"{parameter.name}\**\s*= {default}", listed)
     assert METHODS[name].reference in row or name == "passthrough"

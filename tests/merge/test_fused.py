@@ -74,7 +74,7 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
         {"weight": (0.0, 0.0, 0.0), "normalize": True, "lambda_": 1.0},
     ],
     "ties": [
-        {"weight": w, "density": d, "normalize": n, "lambda_": s, "int8_mask": False}
+        {"weight": w, "density": d, "normalize": n, "lambda_": s, "scope": "tensor", "int8_mask": False}
         for w, d, n, s in [
             ((1.0, 1.0, 1.0), (0.5, 0.5, 0.5), True, 1.0),
             ((0.3, -0.9, 0.4), (0.1, 1.0, 0.0), True, 1.3),
@@ -90,6 +90,7 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
         ]
     ],
 }
+PARAMETERS["dare_linear"] = PARAMETERS["dare_ties"]
 CASES = [(method, i) for method, choices in PARAMETERS.items() for i in range(len(choices))]
 
 
@@ -124,7 +125,7 @@ def test_the_same_bits(
     values = [to_float32(r, d) for r, d in zip(rows, dtypes, strict=True)]
     keys = tuple(range(5, 5 + count))
     plain = in_memory(values[:count], values[count] if entry.base == "required" else None, step * CHUNK_ELEMENTS, keys)
-    formula = entry.function(plain, **parameters)
+    formula = entry.function(plain, *([] if entry.survey is None else [None]), **parameters)
     expected = np.concatenate([formula(block) for block in plain.blocks()])
     for out in CODES:
         tensor = RawInMemory(rows, dtypes, size, keys, step * CHUNK_ELEMENTS)
@@ -138,7 +139,7 @@ def test_a_large_bin_takes_another_pass(in_memory: Any, monkeypatch: pytest.Monk
     models = [(np.round(rng.standard_normal(base.size) * 4) / 4).astype(np.float32) for _ in range(3)]
     parameters = PARAMETERS["ties"][0]
     plain = in_memory(models, base, CHUNK_ELEMENTS, (1, 2, 3))
-    formula = METHODS["ties"].function(plain, **parameters)
+    formula = METHODS["ties"].function(plain, None, **parameters)
     expected = np.concatenate([formula(block) for block in plain.blocks()])
     tensor = RawInMemory([m.view(np.uint8) for m in [*models, base]], ["F32"] * 4, base.size, (1, 2, 3), CHUNK_ELEMENTS)
     assert fused("ties", tensor, "F32", **parameters).tobytes() == expected.tobytes()

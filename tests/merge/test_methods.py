@@ -58,6 +58,26 @@ CASES: dict[str, Case] = {
     "model_stock, filter-wise": Case({"filter_wise": True}),
     "nearswap": Case({"t": 0.1}),
     "arcee_fusion": Case(),
+    "magmax": Case({"lambda_": 0.8}),
+    # Changes of 0.3 on average: about a quarter counts as none, a third is made by one model alone.
+    "ram": Case({"epsilon": 0.1}),
+    "ramplus_tl": Case({"epsilon": 0.1, "r": 0.3, "alpha": 5.0}),
+    "ramplus": Case({"epsilon": 0.1, "r": 0.3, "alpha": 5.0}),
+    "consensus_ta": Case({"k": 1, "tall_lambda": (0.4, 0.6), "lambda_": 0.9}),
+    "tsv_m": Case({"lambda_": 0.9}),
+    "iso_c": Case({"lambda_": 0.9}),
+    "iso_cts": Case({"common_space_fraction": 0.7, "lambda_": 0.9}),
+    "dare_linear": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6), "lambda_": 0.9}),
+    "breadcrumbs": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6), "gamma": (0.1, 0.02)}),
+    "breadcrumbs_ties": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6), "gamma": (0.1, 0.02)}),
+    "ties, of the model": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6), "scope": "model"}),
+    "breadcrumbs, of the model": Case(
+        {"weight": (0.3, 0.7), "density": (0.4, 0.6), "gamma": (0.1, 0.1), "scope": "model"}
+    ),
+    "della": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6), "epsilon": (0.2, 0.1)}),
+    "della_linear": Case({"weight": (0.3, 0.7), "density": (0.4, 0.6), "epsilon": (0.2, 0.1)}),
+    "sce": Case({"select_topk": 0.4}),
+    "sce, all elements": Case({"select_topk": 1.0}, identity_rtol=0),
 }
 """By a name that begins with the method's; `nuslerp, rows` is a second case of `nuslerp`."""
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def test_plan_is_pure_data(recipe: Recipe, siblings: Siblings) -> None:
         "density": "0.5, 0.5",
         "normalize": True,
         "lambda": 1.0,
+        "scope": "tensor",
         "int8_mask": False,
     }
 
@@ -189,9 +191,13 @@ def test_warnings_name_what_a_careful_person_would_ask(
     chosen = recipe(merge_method="linear", models=["a", "other"], parameters={"weight": 1}, tokenizer_source="other")
     with pytest.raises(Exception, match="2 of 300 token ids"):
         make_plan(chosen, ctx)
-    for file in (other / "tokenizer.json", other / "tokenizer_config.json"):
-        file.unlink()
-    assert "has no tokenizer" in "\n".join(make_plan(chosen, ctx)[0].warnings)
+
+
+def test_a_merge_of_models_without_tokenizer_says_so(recipe: Recipe, siblings: Siblings, tmp_path: Path) -> None:
+    for name in "ab":
+        shutil.copytree(siblings[name], tmp_path / name, ignore=shutil.ignore_patterns("tokenizer*"))
+    config = recipe(merge_method="linear", models=["a", "b"], parameters={"weight": 1})
+    assert "has no tokenizer" in "\n".join(make_plan(config, Context(base_dir=tmp_path))[0].warnings)
 
 
 def test_derived_tables_are_left_out_by_name(recipe: Recipe, bare_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -44,6 +44,24 @@ RECIPES: dict[str, dict[str, Any]] = {
     "model_stock": {"models": ["a", "b"], "base_model": "base"},
     "nearswap": {"models": ["b"], "base_model": "a", "parameters": {"t": 0.01}},
     "arcee_fusion": {"models": ["b"], "base_model": "a"},
+    "magmax": {"models": ["a", "b"], "base_model": "base"},
+    "ram": {"models": ["a", "b"], "base_model": "base", "parameters": {"epsilon": 1e-3}},
+    "ramplus_tl": {"models": ["a", "b"], "base_model": "base", "parameters": {"epsilon": 1e-3}},
+    "ramplus": {"models": ["a", "b"], "base_model": "base", "parameters": {"epsilon": 1e-3}},
+    "consensus_ta": {"models": ["a", "b"], "base_model": "base", "parameters": {"k": 1}},
+    "tsv_m": {"models": ["a", "b"], "base_model": "base"},
+    "iso_c": {"models": ["a", "b"], "base_model": "base"},
+    "iso_cts": {"models": ["a", "b"], "base_model": "base", "parameters": {"common_space_fraction": 0.5}},
+    "dare_linear": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
+    "breadcrumbs": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
+    "breadcrumbs_ties": {
+        "models": ["a", "b"],
+        "base_model": "base",
+        "parameters": {"weight": 0.5, "density": 0.3, "scope": "model"},
+    },
+    "della": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
+    "della_linear": {"models": ["a", "b"], "base_model": "base", "parameters": {"weight": 0.5, "density": 0.3}},
+    "sce": {"models": ["a", "b"], "base_model": "base", "parameters": {"select_topk": 0.3}},
 }
 
 

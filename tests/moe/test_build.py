@@ -485,6 +485,17 @@ def test_a_trunk_without_a_tokenizer(
     assert any("no tokenizer files" in warning for warning in checks_of(out)["warnings"])
 
 
+def test_a_trunk_whose_tokenizer_cannot_be_read(
+    tmp_path: Path, siblings: dict[str, Path], moe_config: Callable[..., MoeConfig]
+) -> None:
+    """All files alike, so that no comparison finds it."""
+    for name in ("base", "a", "b"):
+        shutil.copytree(siblings[name], tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text("{")
+    config = moe_config(tmp_path / "base", {n: tmp_path / n for n in "ab"})
+    bad(tmp_path, CheckpointError, r"base/tokenizer\.json: cannot be read", config)
+
+
 def test_a_target_in_the_way_is_refused_or_replaced(tmp_path: Path, siblings: dict[str, Path], build: Build) -> None:
     experts = {n: siblings[n] for n in "ab"}
     out = build(tmp_path / "moe", siblings["base"], experts)

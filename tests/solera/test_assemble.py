@@ -1,6 +1,7 @@
 """The publishable directory: what goes into it, what stays at home, what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,17 @@ def test_only_files_of_known_kinds_go(merged: Path, tmp_path: Path) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json", "solera.json", "README.md", "LICENSE.txt"} <= written
     assert verify(tmp_path / "out") == []
     assert verify(merged) != [], "the stray files are told of in the checkpoint itself"
+
+
+def test_a_language_model_without_a_tokenizer_is_not_published(
+    siblings: dict[str, Path], tmp_path: Path, finish: Any
+) -> None:
+    directory = tmp_path / "bare"
+    shutil.copytree(siblings["a"], directory, ignore=shutil.ignore_patterns("tokenizer*"))
+    finish(directory)
+    with pytest.raises(CheckpointError, match=r"bare: has no tokenizer .*`tokenizer_source`"):
+        assemble(config_for(directory), tmp_path / "out", Context())
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_existing_output_is_not_replaced(merged: Path, tmp_path: Path) -> None:

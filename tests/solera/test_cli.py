@@ -33,6 +33,12 @@ def test_the_surface_is_frozen() -> None:
     assert surface() == json.loads(SURFACE.read_text())
 
 
+def test_every_command_takes_json_quiet_and_a_dry_run() -> None:
+    for name, options in surface().items():
+        assert {"--json", "--quiet", "-q"} <= set(options), name
+        assert "--dry-run" in options or name == "schema", name  # a schema reads and writes nothing
+
+
 @pytest.fixture
 def merge_config(siblings: dict[str, Path], tmp_path: Path) -> Path:
     config = tmp_path / "merge.yml"
@@ -63,6 +69,39 @@ def test_wrong_usage_is_bad_input_not_inconclusive(arguments: list[str], capsys:
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (3, "")
     assert err.startswith("solera: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["merge", "none.yml", "o"], "ConfigError"),
+        (["inspect", "none"], "CheckpointError"),
+        (["gate", "--baseline", "none", "--candidate", "none"], "DataError"),
+        (["run", "none.yml"], "ConfigError"),
+        (["merge", "a"], "UsageError"),
+        (["schema", "non"], "ConfigError"),
+    ],
+)
+def test_an_error_is_one_object_on_stdout_too(
+    arguments: list[str], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, *arguments, "--json")
+    shown = json.loads(out)
+    assert shown == {"error": shown["error"], "kind": kind, "exit_code": 3}
+    assert err == f"solera: {shown['error']}\n"
+    assert code == 3
+    assert run(capsys, *arguments)[1:] == ("", err)
+
+
+def test_a_bug_is_one_object_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(kind: str) -> None:
+        raise TypeError("object is not iterable")
+
+    monkeypatch.setattr("solera.schema.schema", fail)
+    code, out, err = run(capsys, "schema", "--json")
+    assert json.loads(out)["kind"] == "TypeError"
+    assert json.loads(out)["exit_code"] == code == 70
+    assert "Traceback" in err
 
 
 def test_merge_json_is_one_object_on_stdout(
@@ -112,6 +151,7 @@ def test_verify_sees_one_changed_byte(merge_config: Path, tmp_path: Path, capsys
     code, stdout, err = run(capsys, "verify", out, "--json")
     assert code == 3
     assert json.loads(stdout)["whole"] is False
+    assert json.loads(stdout)["exit_code"] == 3
     assert "lm_head" in err or "model." in err  # the tensor is named
 
 
@@ -143,6 +183,49 @@ def test_inspect_and_diff(siblings: dict[str, Path], capsys: pytest.CaptureFixtu
     assert all(not row["identical"] for row in rows)
     assert run(capsys, "diff", siblings["a"], siblings["b"])[0] == 0
     assert run(capsys, "inspect", siblings["a"])[0] == 0
+
+
+def plan_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    code, out, err = run(capsys, *arguments, "--dry-run", "--json")
+    assert code == 0, err
+    plan: dict[str, Any] = json.loads(out)
+    assert (plan["writes"], plan["disk_bytes"]) == ([], 0)
+    assert run(capsys, *arguments, "--dry-run")[0] == 0
+    return plan
+
+
+def test_plans_of_what_only_reads(
+    siblings: dict[str, Path], merge_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = siblings["a"], siblings["b"]
+    weights = (a / "model.safetensors").stat().st_size
+    files = {row["what"]: row for row in plan_of(capsys, "inspect", a)["reads"]}
+    assert files["model.safetensors"]["headers only"]
+    assert files["model.safetensors"]["bytes"] == weights
+    assert [row["what"] for row in plan_of(capsys, "diff", a, b)["reads"]] == [str(a), str(b)]
+    out = tmp_path / "blend"
+    assert run(capsys, "merge", merge_config, out, "-q")[0] == 0
+    assert {row["what"] for row in plan_of(capsys, "verify", out)["reads"]} == {p.name for p in out.iterdir()}
+    code, shown, _ = run(capsys, "verify", out, "--rebuild", "--dry-run", "--json")
+    again = json.loads(shown)
+    assert code == 0
+    assert again["disk_bytes"] > weights
+    assert again["parameters"]["recipe"]["merge_method"] == "linear"
+    for wrong in (["inspect", "none"], ["diff", a, "none"], ["verify", a]):
+        assert run(capsys, *wrong, "--dry-run")[0] == 3
+
+
+def test_the_plan_of_a_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text("{}")
+        (tmp_path / name / "items.jsonl").write_text("12345")
+    sides = ["--baseline", tmp_path / "one", "--candidate", tmp_path / "two"]
+    plan = plan_of(capsys, "gate", *sides)
+    assert [row["bytes"] for row in plan["reads"]] == [2, 5, 2, 5]
+    assert plan["parameters"]["confidence"] == 0.95
+    (tmp_path / "two" / "items.jsonl").unlink()
+    assert run(capsys, "gate", *sides, "--dry-run")[0] == 3
 
 
 def test_gate_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """The pipeline on a tiny real recipe: every kind of stage, caching, resuming, holding back, failing clean."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -185,16 +186,43 @@ def test_without_a_pass_nothing_is_released(finished: Path, texts: Path, tmp_pat
     assert outcome.stages[-1].status == "held back"
 
 
+def test_a_report_names_what_was_not_measured(
+    finished: Path, texts: Path, tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    """A domain with answers only, one without any item: the run and the release end well, with a note for each."""
+    sums = write_jsonl(tmp_path / "sums.jsonl", [{"prompt": f"dd ee {i}", "answer": "ff"} for i in range(20)])
+    data = recipe_data(texts)
+    evaluation = data["stages"]["verdict"]["eval"]
+    evaluation["suites"][0]["tasks"][1] = {
+        "name": "y",
+        "kind": "generate",
+        "domain": "y",
+        "data": str(sums),
+        "max_new_tokens": 2,
+    }
+    data["report"]["specialists"]["z"] = "y"
+    del evaluation["gate"], data["stages"]["release"]["publish"]["when"]
+    again = tmp_path / "out"
+    shutil.copytree(finished, again, copy_function=shutil.copy2)
+    outcome = solera.run(data, again)
+    assert outcome.stages[-1].status == "made"
+    for page in (again / "report.html", again / "stages" / "release" / "report.html"):
+        text = page.read_text()
+        assert "y: has no text task" in text
+        assert "z: no share kept is given, for no task of seedling has this domain." in text
+
+
 def test_a_failing_stage_leaves_the_earlier_ones_whole(texts: Path, tmp_path: Path) -> None:
     data = recipe_data(texts)
-    data["stages"]["blend"]["merge"]["models"][1]["model"] = "no-such-model"
+    data["stages"]["y"]["tune"]["lr"] = 1e30  # diverges: nothing tells before it runs
     del data["stages"]["release"], data["stages"]["verdict"]
     del data["report"]
     out = tmp_path / "out"
-    with pytest.raises(SoleraError, match=r"stage 'blend' \(merge\): .*no-such-model"):
+    with pytest.raises(SoleraError, match=r"stage 'y' \(tune\): "):
         run_recipe(parse_recipe(data, base_dir=Path(), where="r"), out, Context())
-    assert verify(out / "stages" / "seedling") == []
-    assert not (out / "stages" / "blend").exists()
+    for name in ("seedling", "x"):
+        assert verify(out / "stages" / name) == []
+    assert not (out / "stages" / "y").exists()
     assert not list((out / "stages").glob(".*"))
 
 
@@ -224,6 +252,32 @@ def test_rebuild_of_a_stage_of_a_run(finished: Path, capsys: pytest.CaptureFixtu
         assert main(["verify", "--rebuild", str(finished / "stages" / name), "-q"]) == 0, capsys.readouterr().err
 
 
+def test_rebuild_of_a_release_proves_the_model(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Card, report and results are evidence: named, hashed, not made again. A changed model is still found."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out, copy_function=shutil.copy2)
+    release = out / "stages" / "release"
+    assert main(["verify", "--rebuild", str(release), "-q", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {"README.md", "report.html", "recipe.yml", "results.json", "verdict.json"} <= set(shown["evidence"])
+    assert main(["verify", "--rebuild", str(release), "-q"]) == 0
+    assert "README.md" in capsys.readouterr().out
+    record = json.loads((release / "solera.json").read_text())
+    tokenizer = json.loads((release / "tokenizer_config.json").read_text()) | {"model_max_length": 7}
+    (release / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    changed = hashlib.sha256((release / "tokenizer_config.json").read_bytes()).hexdigest()
+    record["files"]["tokenizer_config.json"] = changed
+    record["checks"]["parameters"] = 1
+    (release / "solera.json").write_text(json.dumps(record))
+    assert main(["verify", str(release), "-q"]) == 0  # its own digests do not tell
+    assert main(["verify", "--rebuild", str(release), "-q"]) == 3
+    error = capsys.readouterr().err
+    assert "tokenizer_config.json differs from what the recipe makes now" in error
+    assert "solera.json: checks differs from what the recipe makes now" in error
+
+
 def test_run_from_the_command_line(
     texts: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,3 +296,106 @@ def test_run_from_the_command_line(
     assert {r["domain"] for r in result["retention"]} == {"x", "y"}
     assert main(["run", str(file), "--out", str(tmp_path / "old"), "-q"]) == 0
     assert "student" in capsys.readouterr().out
+
+
+def test_everything_a_recipe_names_is_looked_up_before_anything_runs(
+    texts: Path, siblings: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Models, texts and suites of late stages, all at once, by a run and by its plan; nothing is written."""
+    data = recipe_data(texts)
+    stages = data["stages"]
+    (tmp_path / "models").mkdir()
+    shutil.copytree(siblings["a"], tmp_path / "models" / "code")
+    (tmp_path / "empty").mkdir()
+    stages["blend"]["merge"]["models"] += [
+        {"model": m, "parameters": {"weight": 1}} for m in ("heeled", "models/cod", "empty", "x+lora", "r.yml")
+    ]
+    stages["healed"]["distill"]["data"] = [str(texts / "none.jsonl")]
+    stages["student"]["distill"]["eval_data"] = str(tmp_path / "r.yml")
+    stages["verdict"]["eval"]["suites"] += [
+        "none.yml",
+        {"suite": "s", "tasks": [{"name": "t", "kind": "choice", "data": "c.jsonl"}]},
+    ]
+    file = tmp_path / "r.yml"
+    file.write_text(json.dumps(data))
+    errors = []
+    for more in ([], ["--dry-run"]):
+        assert main(["run", str(file), "--out", str(tmp_path / "out"), "-q", *more]) == 3
+        errors.append(capsys.readouterr().err)
+    for part in (
+        "stage 'blend' (merge): model 'heeled': is no stage",
+        "(did you mean 'healed'?)",
+        f"model 'models/cod': no directory {tmp_path / 'models' / 'cod'} (did you mean 'code'?)",
+        f"{tmp_path / 'empty'}: not a checkpoint",
+        "model 'lora': is no stage",
+        f"model 'r.yml': {file} is a file",
+        f"stage 'healed' (distill): {texts / 'none.jsonl'}: no such file",
+        f"stage 'student' (distill): {file}: unknown kind of file",
+        f"stage 'verdict' (eval): {tmp_path / 'none.yml'}: no such file",
+        f"{tmp_path / 'c.jsonl'}: no such file",
+    ):
+        assert part in errors[0], part
+    assert errors[0] == errors[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_does_not_write_into_a_model(
+    texts: Path, siblings: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = recipe_data(texts)
+    shutil.copytree(siblings["a"], tmp_path / "base")
+    data["stages"]["x"]["tune"]["model"] = "base"
+    (tmp_path / "r.yml").write_text(json.dumps(data))
+    before = sorted((tmp_path / "base").iterdir())
+    assert main(["run", str(tmp_path / "r.yml"), "--out", str(tmp_path / "base"), "-q"]) == 3
+    assert "lies in the directory of the input" in capsys.readouterr().err
+    assert sorted((tmp_path / "base").iterdir()) == before
+
+
+def test_the_plan_of_a_whole_recipe_before_anything_is_made(
+    finished: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every stage has its plan, and the sizes planned from nothing are those of what the run then wrote."""
+    file = tmp_path / "r.yml"
+    file.write_text(json.dumps(recipe_data(texts)))
+    out = tmp_path / "out"
+    assert main(["run", str(file), "--out", str(out), "--dry-run", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert not out.exists()
+    plans = {stage["name"]: stage["plan"] for stage in shown["stages"]}
+    for name in ("seedling", "x", "y", "blend", "moe", "healed", "student"):
+        weights = sum(w["bytes"] for w in plans[name]["writes"] if w["what"].startswith(("weights", "model")))
+        stored = json.loads((finished / "stages" / name / "solera.json").read_text())["checks"]["bytes"]
+        assert weights == pytest.approx(stored, abs=6000), name  # headers are not counted everywhere
+    assert plans["x"]["parameters"]["lr"] == 3e-3
+    assert plans["x"]["parameters"]["schedule"] == "cosine"  # a default
+    assert plans["release"]["parameters"]["when"] == "verdict"
+    reads = {row["what"]: row for row in plans["verdict"]["reads"]}
+    assert reads["student"]["path"] == str(out / "stages" / "student")
+    assert reads["task x"]["bytes"] == (texts / "x-test.jsonl").stat().st_size
+    assert {row["bytes"] for row in plans["healed"]["reads"] if row["kind"] == "data"} == {
+        (texts / f"{d}-train.jsonl").stat().st_size for d in "xy"
+    }
+    assert "solera-plan-" not in json.dumps(shown)
+    total = shown["total"]
+    assert total["disk_bytes"] == sum(plan["disk_bytes"] for plan in plans.values())
+    assert total["memory_bytes"] == max(plan["memory_bytes"] for plan in plans.values())
+    assert main(["run", str(file), "--out", str(out), "--dry-run"]) == 0
+    assert "all that will run: memory at most" in capsys.readouterr().out
+
+
+def test_what_a_late_stage_would_refuse_is_refused_before_the_first_runs(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found from the headers that the earlier stages will write: all of it at once, by a run and by its plan."""
+    data = recipe_data(texts)
+    start = {"from": "blend", "layer_drop": {"layers": 3}}
+    data["stages"]["deep"] = {"distill": data["stages"]["healed"]["distill"] | {"student": start}}
+    data["stages"]["moe"]["moe"]["router"]["tokens_per_domain"] = 3
+    (tmp_path / "r.yml").write_text(json.dumps(data))
+    for more in ([], ["--dry-run"]):
+        assert main(["run", str(tmp_path / "r.yml"), "--out", str(tmp_path / "out"), "-q", *more]) == 3
+        error = capsys.readouterr().err
+        assert "stage 'deep' (distill): layer_drop.layers: 3 of blend, which has only 2 layers" in error
+        assert "stage 'moe' (moe): router.tokens_per_domain: 3 is too little" in error
+        assert not (tmp_path / "out").exists()

@@ -21,12 +21,13 @@ def add_drift(
     """
     change, size = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     whole = m // LANES * LANES
-    for row in range(0, whole, LANES):
-        a, b = result[row : row + LANES], reference[row : row + LANES]
+    a = result[:whole].reshape((whole // LANES, LANES))
+    b = reference[:whole].reshape((whole // LANES, LANES))
+    for row in range(whole // LANES):
         for j in range(LANES):
-            d = a[j] - b[j]
+            d = a[row, j] - b[row, j]
             change[j] += d * d
-            size[j] += b[j] * b[j]
+            size[j] += b[row, j] * b[row, j]
     for j in range(whole, m):
         d = result[j] - reference[j]
         change[0] += d * d

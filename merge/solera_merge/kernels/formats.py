@@ -26,6 +26,7 @@ PIECE = 2048
 _U16, _U13, _U1 = np.uint32(16), np.uint32(13), np.uint32(1)
 _SIGN, _MAGNITUDE = np.uint32(0x80000000), np.uint32(0x7FFFFFFF)
 _INF = np.uint32(0x7F800000)
+_ROUNDS_TO_INF = np.uint32(0x7F7F8000)  # half-way from the largest bfloat16 to infinity, which is the even one
 _HALF_TO_SINGLE = np.float32(2.0**112)  # moves the exponent from a bias of 15 to one of 127, also for subnormals
 _SMALLEST_HALF = np.uint32(0x38800000)  # 2^-14: below it halves are subnormal
 _SUBNORMAL = np.uint32(0x3F000000)  # 0.5: adding it leaves 24 - 1 fraction bits at 2^-24, the step of subnormal halves
@@ -67,12 +68,12 @@ def narrow(values: Float32, n: int, raw: Bytes, code: int, begin: int) -> bool:
     bad = False
     if code == BF16:
         halves = raw.view(np.uint16)[begin : begin + n]
+        largest = np.uint32(0)
         for i in range(n):
             word = bits[i]
-            # A NaN whose payload overflows would look finite, so the unrounded word counts too.
-            rounded = word + np.uint32(0x7FFF) + ((word >> _U16) & _U1)
-            bad |= ((word & _INF) == _INF) | ((rounded & _INF) == _INF)
-            halves[i] = np.uint16(rounded >> _U16)
+            largest = max(largest, word & _MAGNITUDE)
+            halves[i] = np.uint16((word + np.uint32(0x7FFF) + ((word >> _U16) & _U1)) >> _U16)
+        bad = largest >= _ROUNDS_TO_INF
     elif code == F32:
         words = raw.view(np.uint32)[begin : begin + n]
         for i in range(n):

@@ -6,7 +6,47 @@ import numpy.typing as npt
 from solera_merge.kernels.compiled import kernel
 from solera_merge.kernels.formats import widen
 
-__all__ = ["norms_and_dots"]
+__all__ = ["dot_chunks", "norms_and_dots"]
+
+Float64 = npt.NDArray[np.float64]
+
+
+@kernel
+def dot_chunks(
+    a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], chunk: int, lanes: int, sums: npt.NDArray[np.float64]
+) -> None:
+    """The sums of a * b over chunks.
+
+    Args:
+        a: [n].
+        b: [n].
+        chunk: elements a chunk; the last one may be shorter.
+        lanes: element j of a chunk is added to lane j mod `lanes`; then the lanes are added from the first to the last.
+        sums: [number of chunks], overwritten.
+    """
+    partial = np.empty(lanes)
+    for c in range(sums.size):
+        begin = c * chunk
+        end = min(begin + chunk, a.size)
+        sums[c] = _dot(a[begin:end], b[begin:end], partial)
+
+
+@kernel
+def _dot(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], partial: npt.NDArray[np.float64]) -> np.float64:
+    lanes = partial.size
+    partial[:] = 0
+    whole = a.size // lanes * lanes
+    rows_a = a[:whole].reshape((whole // lanes, lanes))
+    rows_b = b[:whole].reshape((whole // lanes, lanes))
+    for row in range(whole // lanes):
+        for j in range(lanes):
+            partial[j] += np.float64(rows_a[row, j]) * np.float64(rows_b[row, j])
+    for j in range(a.size - whole):
+        partial[j] += np.float64(a[whole + j]) * np.float64(b[whole + j])
+    total = partial[0]
+    for j in range(1, lanes):
+        total += partial[j]
+    return total
 
 
 @kernel
@@ -24,31 +64,19 @@ def norms_and_dots(
         raw: two rows; see `solera_merge.kernels`.
         codes: of the rows.
         n: elements.
-        chunk: elements a chunk; the last one may be shorter.
-        lanes: element j of a chunk is added to lane j mod `lanes`; then the lanes are added from the first to the last.
+        chunk: see `dot_chunks`.
+        lanes: see `dot_chunks`.
         sums: [3, number of chunks], overwritten.
     """
     a, b = np.empty(chunk, np.float32), np.empty(chunk, np.float32)
-    lane_a, lane_b, lane_ab = np.empty(lanes), np.empty(lanes), np.empty(lanes)
+    partial = np.empty(lanes)
     bad = False
     for c in range(sums.shape[1]):
         begin = c * chunk
         m = min(chunk, n - begin)
         bad |= widen(raw[1], codes[1], begin, m, a)
         bad |= widen(raw[0], codes[0], begin, m, b)
-        lane_a[:] = 0
-        lane_b[:] = 0
-        lane_ab[:] = 0
-        for row in range(0, m, lanes):
-            part_a, part_b = a[row : min(row + lanes, m)], b[row : min(row + lanes, m)]
-            for j in range(part_a.size):
-                x, y = np.float64(part_a[j]), np.float64(part_b[j])
-                lane_a[j] += x * x
-                lane_b[j] += y * y
-                lane_ab[j] += x * y
-        for j in range(1, lanes):
-            lane_a[0] += lane_a[j]
-            lane_b[0] += lane_b[j]
-            lane_ab[0] += lane_ab[j]
-        sums[0, c], sums[1, c], sums[2, c] = lane_a[0], lane_b[0], lane_ab[0]
+        sums[0, c] = _dot(a[:m], a[:m], partial)
+        sums[1, c] = _dot(b[:m], b[:m], partial)
+        sums[2, c] = _dot(a[:m], b[:m], partial)
     return bad

@@ -10,14 +10,24 @@ import numpy.typing as npt
 from solera_merge.kernels.compiled import kernel
 from solera_merge.kernels.formats import PIECE, widen
 
-__all__ = ["TABLES", "collect_bin", "count_lower", "count_upper", "find_equal"]
+__all__ = [
+    "TABLES",
+    "collect_bin",
+    "count_lower",
+    "count_upper",
+    "count_words",
+    "count_words_of_bin",
+    "find_equal",
+]
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint32]
+Words2D = npt.NDArray[np.uint32]
 
 TABLES = 4
-"""Tables of `count_upper`: neighbours often fall into one bin, and two additions to one cell must wait."""
+"""Tables of `count_words`: neighbours often fall into one bin, and two additions to one cell must wait."""
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _U16 = np.uint32(16)
@@ -41,7 +51,41 @@ def deltas(raw: Bytes, codes: Codes, model: int, begin: int, m: int, other: Floa
 
 
 @kernel
-def count_upper(raw: Bytes, codes: Codes, n: int, model: int, tables: npt.NDArray[np.uint32]) -> int:
+def count_words(words: Words, tables: Words2D) -> int:
+    """tables[any, word >> 16] += 1 for magnitude bits [n]; how many are 0."""
+    first, second, third, fourth = tables[0], tables[1], tables[2], tables[3]
+    whole = words.size // 4 * 4
+    for j in range(0, whole, 4):
+        first[words[j] >> _U16] += _ONE
+        second[words[j + 1] >> _U16] += _ONE
+        third[words[j + 2] >> _U16] += _ONE
+        fourth[words[j + 3] >> _U16] += _ONE
+    for j in range(whole, words.size):
+        first[words[j] >> _U16] += _ONE
+    zeros = np.uint32(0)
+    for j in range(words.size):
+        zeros += np.uint32(words[j] == 0)
+    return np.int64(zeros)
+
+
+@kernel
+def count_words_of_bin(words: Words, upper: int, counts: npt.NDArray[np.int64]) -> None:
+    """counts[lower 16 bits] += 1 for the magnitude bits [n] whose upper ones are `upper`."""
+    wanted = np.uint32(upper)
+    for at in range(0, words.size, _GROUP):
+        group = words[at : min(at + _GROUP, words.size)]
+        inside = np.uint32(0)
+        for j in range(group.size):
+            inside += np.uint32(group[j] >> _U16 == wanted)
+        if inside == 0:
+            continue
+        for j in range(group.size):
+            if group[j] >> _U16 == wanted:
+                counts[group[j] & _LOW] += 1
+
+
+@kernel
+def count_upper(raw: Bytes, codes: Codes, n: int, model: int, tables: Words2D) -> int:
     """tables[any, upper 15 magnitude bits of the delta] += 1 for every element.
 
     Args:
@@ -55,27 +99,15 @@ def count_upper(raw: Bytes, codes: Codes, n: int, model: int, tables: npt.NDArra
         How many deltas are exactly 0, or -1 if an input is not finite.
     """
     values, other = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
-    bins = np.empty(PIECE, np.uint32)
     bits = values.view(np.uint32)
-    first, second, third, fourth = tables[0], tables[1], tables[2], tables[3]
     bad = False
     zeros = 0
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
         bad |= deltas(raw, codes, model, begin, m, other, values)
-        none = np.uint32(0)
         for j in range(m):
-            bins[j] = (bits[j] & _MAGNITUDE) >> _U16
-            none += np.uint32(bits[j] & _MAGNITUDE == 0)
-        zeros += np.int64(none)
-        whole = m // 4 * 4
-        for j in range(0, whole, 4):
-            first[bins[j]] += _ONE
-            second[bins[j + 1]] += _ONE
-            third[bins[j + 2]] += _ONE
-            fourth[bins[j + 3]] += _ONE
-        for j in range(whole, m):
-            first[bins[j]] += _ONE
+            bits[j] &= _MAGNITUDE
+        zeros += count_words(bits[:m], tables)
     return -1 if bad else zeros
 
 
@@ -84,14 +116,12 @@ def count_lower(raw: Bytes, codes: Codes, n: int, model: int, upper: int, counts
     """Of the deltas whose upper bits are `upper`: counts[lower 16 bits] += 1."""
     values, other = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     bits = values.view(np.uint32)
-    wanted = np.uint32(upper)
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
         deltas(raw, codes, model, begin, m, other, values)
         for j in range(m):
-            word = bits[j] & _MAGNITUDE
-            if word >> _U16 == wanted:
-                counts[word & _LOW] += 1
+            bits[j] &= _MAGNITUDE
+        count_words_of_bin(bits[:m], upper, counts)
 
 
 @kernel

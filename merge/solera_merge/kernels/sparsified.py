@@ -50,7 +50,7 @@ def merge_largest(
             later, later_word = term[equal:m], word[equal:m]
             for j in range(m - equal):
                 later[j] *= np.float32((later_word[j] & _MAGNITUDE) > limit)
-        merge_kept(terms, m, weight, True, normalize, scale, base, merged)
+        merge_kept(terms, m, weight, True, normalize, np.float32(1), scale, base, merged)
         add_drift(merged, base, m, drift)
         if narrow(merged, m, out, out_code, begin):
             bad |= 2
@@ -69,6 +69,7 @@ def merge_random(
     weight: Float32,
     elect: bool,
     normalize: bool,
+    plain_divisor: np.float32,
     scale: np.float32,
     out: Bytes,
     out_code: int,
@@ -96,7 +97,7 @@ def merge_random(
                     term[j] *= np.float32(words[j] < below)
             for j in range(m):
                 term[j] *= factor
-        merge_kept(terms, m, weight, elect, normalize, scale, base, merged)
+        merge_kept(terms, m, weight, elect, normalize, plain_divisor, scale, base, merged)
         add_drift(merged, base, m, drift)
         if narrow(merged, m, out, out_code, begin):
             bad |= 2
@@ -123,13 +124,15 @@ def merge_kept(
     weight: Float32,
     elect: bool,
     normalize: bool,
+    plain_divisor: np.float32,
     scale: np.float32,
     base: Float32,
     merged: Float32,
 ) -> None:
     """Into `merged`: base + scale * (weighted deltas of the elected sign, or all, summed, perhaps divided by weights).
 
-    As `solera_merge.signs`, operation by operation. `terms` [N, PIECE] is overwritten.
+    As `solera_merge.signs`, operation by operation. `terms` [N, PIECE] is overwritten. Where a sign is elected, the
+    divisor is that of the models that agree; else it is `plain_divisor`.
     """
     models = weight.size
     total = merged
@@ -156,7 +159,11 @@ def merge_kept(
                     term[j] *= agrees
                     divisor[j] += agrees * w
     _sum(terms, m, total)
-    if normalize:
+    if not elect:
+        if normalize and plain_divisor != 1:
+            for j in range(m):
+                total[j] /= plain_divisor
+    elif normalize:
         for j in range(m):
             total[j] /= np.float32(1) if divisor[j] == 0 else divisor[j]
     if scale != 1:

@@ -1,15 +1,13 @@
 """DARE before TIES: drop changes at random and rescale the rest, then elect a sign and combine."""
 
-from collections.abc import Sequence
+from functools import partial
 
-import numpy as np
-
-from solera_merge.block import Block, Float32, Formula, Tensor
-from solera_merge.masks import bernoulli
+from solera_merge.block import Formula, Tensor
 from solera_merge.methods.signature import Finite, Fraction, PerModel
 from solera_merge.signs import disjoint_merge
+from solera_merge.task_vectors import drop_at_random, on_base
 
-__all__ = ["dare_ties", "rescale_factors"]
+__all__ = ["dare_ties"]
 
 
 def dare_ties(
@@ -44,22 +42,5 @@ def dare_ties(
         The formula of a block: base [n], N models [n] -> [n].
     """
     del int8_mask
-    factors = rescale_factors(density, rescale=rescale)
-    draws = list(zip(tensor.keys, density, factors, strict=True))
-
-    def formula(block: Block) -> Float32:
-        deltas = block.deltas
-        for delta, (key, probability, factor) in zip(deltas, draws, strict=True):
-            delta *= bernoulli(key, block.start, delta.size, probability)
-            delta *= factor
-        out = disjoint_merge(deltas, weight, normalize=normalize, scale=lambda_)
-        assert block.base is not None
-        out += block.base
-        return out
-
-    return formula
-
-
-def rescale_factors(density: Sequence[float], *, rescale: bool) -> list[np.float32]:
-    """What a kept change is multiplied by: 1/density, so that the expectation of every element is kept."""
-    return [np.float32(1 / d) if rescale and d > 0 else np.float32(1) for d in density]
+    sparsify = drop_at_random(tensor.keys, density, rescale=rescale)
+    return on_base(sparsify, partial(disjoint_merge, weight=weight, normalize=normalize, scale=lambda_))

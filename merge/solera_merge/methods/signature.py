@@ -14,12 +14,13 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-__all__ = ["REQUIRED", "Finite", "Fraction", "Parameter", "PerModel", "parameters_of"]
+__all__ = ["REQUIRED", "Finite", "Fraction", "NonNegative", "Parameter", "PerModel", "parameters_of"]
 
 T = TypeVar("T")
 PerModel: TypeAlias = tuple[T, ...]
 Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative: TypeAlias = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class _Required:

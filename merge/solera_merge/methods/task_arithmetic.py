@@ -1,10 +1,11 @@
 """The base plus a weighted sum of task vectors."""
 
-import numpy as np
+from functools import partial
 
-from solera_merge.block import Block, Float32, Formula, Tensor
+from solera_merge.block import Formula, Tensor
 from solera_merge.methods.signature import Finite, PerModel
-from solera_merge.signs import total
+from solera_merge.signs import weighted_sum
+from solera_merge.task_vectors import on_base
 
 __all__ = ["task_arithmetic"]
 
@@ -24,19 +25,5 @@ def task_arithmetic(
     Returns:
         The formula of a block: base [n], N models [n] -> [n].
     """
-    coefficients = [np.float32(w) for w in weight]
-    divisor = np.float32(
-        sum(weight) or 1.0
-    )  # all 0 (a gradient may begin so) means the base; the plan refuses other sums of 0
-
-    def formula(block: Block) -> Float32:
-        out = total([delta * c for delta, c in zip(block.deltas, coefficients, strict=True)])
-        if normalize and divisor != 1:
-            out /= divisor
-        if lambda_ != 1:
-            out *= np.float32(lambda_)
-        assert block.base is not None
-        out += block.base
-        return out
-
-    return formula
+    combine = partial(weighted_sum, weight=weight, normalize=normalize, scale=lambda_)
+    return on_base(lambda block: block.deltas, combine)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from solera_core.context import Context
+from solera_core.data import data_path
 from solera_core.errors import ConfigError
 from solera_core.output import InputRecord, check_output, data_record, input_record, write_provenance
 from solera_core.plan import Plan
-from solera_core.staging import check_target, require_disk, staged
+from solera_core.staging import check_apart, check_target, require_disk, staged
 from solera_core.writer import layout
 from solera_merge.moe.calibration import Domain, read_domains
 from solera_merge.moe.config import MoeConfig
@@ -48,6 +49,9 @@ def build_moe(config: MoeConfig, out: Path, ctx: Context) -> Path:
     """
     check_target(out, overwrite=ctx.overwrite)
     inputs, domains, warnings = _open(config, ctx)
+    models = [d for dense in (inputs.trunk, *inputs.experts) for d in dense.checkpoint.directories]
+    sources = (data_path(source, ctx.base_dir) for text in config.router.data.values() for source in text)
+    check_apart(out, models, [path for path in sources if path is not None])
     plan = _plan(config, inputs, domains, warnings)
     require_disk(out, plan.disk_bytes)
     ctx.progress.note("reading the inputs for their digests")

@@ -10,6 +10,7 @@ from solera_core.hub import split_adapter
 from solera_merge.moe.config import MoeConfig
 from solera_merge.moe.dense import Dense, read_dense
 from solera_merge.moe.vocabulary import compare_tokenizers
+from solera_merge.vocabulary import check_tokenizer
 
 __all__ = ["Inputs", "open_inputs"]
 
@@ -58,6 +59,7 @@ def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
     trunk = read_dense("trunk", open_checkpoint(config.trunk, ctx))
     experts = [read_dense(f"expert {e.name!r}", open_checkpoint(e.model, ctx)) for e in config.experts]
     names = tuple(e.name for e in config.experts)
+    check_tokenizer(trunk.checkpoint)
     warnings = _check_distinct(config, trunk, experts, ctx)
     for name, expert in zip(names, experts, strict=True):
         _check_fits(trunk, expert)

@@ -1,0 +1,47 @@
+"""A checkpoint written out again as plain files: adapters folded in, tensors renamed or left out, sidecars copied."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from solera_core.checkpoint import Checkpoint
+from solera_core.dtypes import FLOATS
+from solera_core.output import write_metadata
+from solera_core.writer import CheckpointWriter, TensorSpec
+
+__all__ = ["write_folded"]
+
+_BLOCK: Final = 1 << 22  # elements copied at a time
+
+
+def write_folded(
+    checkpoint: Checkpoint,
+    directory: Path,
+    *,
+    names: Mapping[str, str] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint into a new `directory`, byte for byte; what an adapter changes is rounded to its dtype.
+
+    Args:
+        checkpoint: to be written.
+        directory: must not exist.
+        names: of the tensors to write, old to new (default: all, as they are called).
+        config: content of config.json (default: the checkpoint's).
+    """
+    names = names if names is not None else {name: name for name in checkpoint.tensors}
+    specs = [
+        TensorSpec(new, checkpoint.tensors[old].dtype, checkpoint.tensors[old].shape) for old, new in names.items()
+    ]
+    directory.mkdir()
+    with CheckpointWriter(directory, specs) as writer:
+        for old, new in names.items():
+            info = checkpoint.tensors[old]
+            for at in range(0, info.size, _BLOCK):
+                stop = min(at + _BLOCK, info.size)
+                if checkpoint.is_overlaid(old) and info.dtype in FLOATS:
+                    writer.write_flat(new, at, checkpoint.read_flat(old, at, stop))
+                else:
+                    writer.write_raw(new, at, checkpoint.read_raw(old, at, stop))
+        writer.finish()
+    write_metadata(directory, config=config if config is not None else checkpoint.config, sidecars=checkpoint.sidecars)
