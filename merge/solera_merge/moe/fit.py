@@ -163,8 +163,8 @@ def tune_routers(
         else:
             scale = 1.0 if asked == "auto" else 1 / asked
             tried = {1.0: untuned} | ({scale: loss(scale)} if scale != 1.0 else {})
-    written = open_checkpoint(directory, Context())
-    digests = replace_routers(written, [scale * router for router in routers])
+    digests = replace_routers(open_checkpoint(directory, Context()), [scale * router for router in routers])
+    written = open_checkpoint(directory, Context())  # anew: an open checkpoint refuses files that have changed
     # Measured with the routers as they are on disk, rounded to their number format.
     set_routers(model, [written.read(ROUTER.format(layer=layer)) for layer in range(len(routers))])
     share: dict[str, list[float]] = {}
