@@ -168,8 +168,11 @@ def merge_command(
     ] = False,
 ) -> None:
     """Merge checkpoints into one (reads mergekit's YAML)."""
+    import gc
+
     from solera_core.sizes import parse_bytes
 
+    gc.disable()  # this process ends with the merge, and leaves no cycles worth a twentieth of its time
     _stage(
         "merge",
         config,
