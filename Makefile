@@ -6,7 +6,7 @@ READY  := $(VENV)/.solera-ready
 # Test processes; each holds its own torch, so one a core.
 JOBS   ?= 2
 
-.PHONY: setup demo test check bench bench-start clean
+.PHONY: setup demo test check bench bench-merge clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,9 +36,17 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_imports.py
 
+# The whole table for merging: half an hour, 20 GB of disk. Options: see bench/merge.py --help.
+bench-merge: setup
+	$(BIN)/python bench/merge.py --start
+	$(BIN)/python bench/merge.py --size mid --rounds 1
+	$(BIN)/python bench/merge.py --size big --methods linear slerp ties dare_ties
+	$(BIN)/python bench/merge.py --size big --methods linear --no-peer --cap 512
+	$(BIN)/python bench/merge.py --small-tensors
+
 bench: setup
 	$(BIN)/python bench/start.py
-	$(BIN)/python bench/merge.py
+	$(BIN)/python bench/merge.py --methods linear ties --rounds 1
 	$(BIN)/python bench/distill.py
 
 clean:

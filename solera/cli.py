@@ -430,7 +430,7 @@ def inspect_command(
 
         _show_plan(plan_inspect(model, ctx), as_json=as_json)
         return
-    facts = describe(open_checkpoint(model, ctx))
+    facts = describe(open_checkpoint(model, ctx, weights="later"))
     width = max(len(k) for k in facts)
     _emit(
         facts, as_json=as_json, text="\n".join(f"{k:<{width}}  {_short(v)}" for k, v in facts.items() if v is not None)

@@ -11,6 +11,7 @@ import pytest
 
 from solera_core.context import Context
 from solera_core.plan import Plan
+from solera_core.writer import TensorSpec, layout
 from solera_merge.config import MergeConfig
 from solera_merge.plan import MergePlan, make_plan
 from solera_merge.run import plan_merge
@@ -208,3 +209,38 @@ def test_derived_tables_are_left_out_by_name(recipe: Recipe, bare_model: Callabl
     plan = make_plan(config, Context(base_dir=tmp_path))[0]
     assert [t.name for t in plan.tensors] == ["w"]
     assert any(inv in warning for warning in plan.warnings)
+
+
+def test_models_of_70b_parameters_are_planned_from_their_headers(recipe: Recipe, tmp_path: Path) -> None:
+    """Three checkpoints of 141 GB whose weights are holes in sparse files."""
+    hidden, ffn, layers, vocab = 8192, 28672, 80, 128256
+    specs = [TensorSpec("model.embed_tokens.weight", "BF16", (vocab, hidden))]
+    for layer in range(layers):
+        shapes = {"self_attn.q": (hidden, hidden), "self_attn.k": (1024, hidden), "self_attn.v": (1024, hidden)}
+        shapes |= {"self_attn.o": (hidden, hidden), "mlp.gate": (ffn, hidden), "mlp.up": (ffn, hidden)}
+        shapes["mlp.down"] = (hidden, ffn)
+        p = f"model.layers.{layer}."
+        specs += [TensorSpec(f"{p}{name}_proj.weight", "BF16", shape) for name, shape in shapes.items()]
+        specs += [TensorSpec(f"{p}{name}_layernorm.weight", "BF16", (hidden,)) for name in ("input", "post_attention")]
+    specs += [TensorSpec("model.norm.weight", "BF16", (hidden,)), TensorSpec("lm_head.weight", "BF16", (vocab, hidden))]
+    shards = layout(specs)
+    index = {"metadata": {}, "weight_map": {s.name: shard.file for shard in shards for s in shard.specs}}
+    for name in ("base", "a", "b"):
+        (tmp_path / name).mkdir()
+        for shard in shards:
+            with (tmp_path / name / shard.file).open("wb") as file:
+                file.write(shard.header)
+                file.truncate(shard.nbytes)
+        (tmp_path / name / "model.safetensors.index.json").write_text(json.dumps(index))
+        config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers}
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"vocab_size": vocab, "hidden_size": hidden}))
+    config = recipe(
+        merge_method="ties", base_model="base", models=["a", "b"], parameters={"weight": [0, 1], "density": 0.3}
+    )
+    plan = plan_merge(config, Context(base_dir=tmp_path, memory_bytes=10**9, threads=4))
+    assert len(plan.rows) == len(specs) == 723
+    assert sum(row["bytes"] for row in plan.reads) == 3 * sum(spec.nbytes for spec in specs) > 420e9
+    assert plan.disk_bytes > 141e9
+    assert plan.memory_bytes < 10**9
+    by_name = {row["tensor"]: row for row in plan.rows}
+    assert by_name["model.layers.79.mlp.up_proj.weight"]["weight"] == "1, 1"
