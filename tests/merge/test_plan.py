@@ -232,8 +232,8 @@ def test_models_of_70b_parameters_are_planned_from_their_headers(recipe: Recipe,
                 file.write(shard.header)
                 file.truncate(shard.nbytes)
         (tmp_path / name / "model.safetensors.index.json").write_text(json.dumps(index))
-        config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers}
-        (tmp_path / name / "config.json").write_text(json.dumps(config | {"vocab_size": vocab, "hidden_size": hidden}))
+        content = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers}
+        (tmp_path / name / "config.json").write_text(json.dumps(content | {"vocab_size": vocab, "hidden_size": hidden}))
     config = recipe(
         merge_method="ties", base_model="base", models=["a", "b"], parameters={"weight": [0, 1], "density": 0.3}
     )
