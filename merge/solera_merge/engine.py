@@ -175,7 +175,7 @@ def _merge_blocks(
 
     streamed = StreamedTensor(tensor, checkpoints, block_elements, advance)
     method = METHODS[tensor.method]
-    keywords = {method.parameters[name].keyword: value for name, value in tensor.parameters.items()}
+    keywords = method.keywords(tensor.parameters)
     item_bytes = sum(checkpoints[s.model].tensors[s.name].nbytes for s in tensor.sources) / max(streamed.size, 1)
     # An overflow is no warning here: the writer refuses what is not finite, by name.
     with np.errstate(over="ignore", invalid="ignore"):
@@ -245,7 +245,7 @@ def _merge_raw(
     from solera_merge.fused import NotFiniteError, merged_blocks
 
     method = METHODS[tensor.method]
-    keywords = {method.parameters[name].keyword: value for name, value in tensor.parameters.items()}
+    keywords = method.keywords(tensor.parameters)
     if device is not None and device.has(tensor.method):
         twin = device.merged_blocks
         stream = RawStream(tensor, checkpoints, device.block_elements, advance, buffers=2, buffer=device.buffer)

@@ -17,13 +17,13 @@ from solera_core.dtypes import ITEM_BYTES
 from solera_merge.block import CHUNK_ELEMENTS
 from solera_merge.kernels.formats import CODES
 from solera_merge.kernels.norms import norms_and_dots
-from solera_merge.kernels.selection import TABLES, collect_bin, count_lower, count_upper, find_equal
+from solera_merge.kernels.selection import collect_bin, count_lower, count_upper, find_equal
 from solera_merge.kernels.sparsified import merge_largest, merge_random
 from solera_merge.kernels.sums import weighted_deltas, weighted_sum
 from solera_merge.masks import split_key, threshold
 from solera_merge.methods.slerp import coefficients
 from solera_merge.reduction import LANES, add_parts, root_sums
-from solera_merge.selection import KEEP_ALL, KEEP_NONE, LOWER, UPPER, Cut, count_kept, descend
+from solera_merge.selection import KEEP_ALL, KEEP_NONE, LOWER, TABLES, UPPER, Cut, count_kept, descend
 from solera_merge.task_vectors import rescale_factors
 
 __all__ = ["FUSED", "Drift", "NotFiniteError", "RawBlock", "RawFormula", "RawTensor", "merged_blocks"]

@@ -22,6 +22,7 @@ __all__ = [
     "KEEP_ALL",
     "KEEP_NONE",
     "LOWER",
+    "TABLES",
     "UPPER",
     "Band",
     "Cut",
@@ -39,6 +40,9 @@ __all__ = [
 _MAGNITUDE = np.uint32(0x7FFFFFFF)  # all but the sign
 UPPER, LOWER = 1 << 15, 1 << 16
 """Bins of the two levels."""
+
+TABLES = 4
+"""Tables of the first level: neighbours often share a bin, and two additions to one cell must wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ def order_statistics(passes: Callable[[], Iterator[Float32]], ranks: Sequence[in
     """
     from solera_merge.kernels.selection import count_words, count_words_of_bin
 
-    tables = np.zeros((4, UPPER), np.uint32)
+    tables = np.zeros((TABLES, UPPER), np.uint32)
     for magnitude in map(_magnitude, passes()):
         count_words(magnitude, tables)
     upper = tables.sum(axis=0, dtype=np.int64)
@@ -246,7 +250,7 @@ class _Source:
     """One model (or whatever else is ranked) with the first level of its histogram."""
 
     places: tuple[int | None, ...]
-    tables: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros((4, UPPER), np.uint32))
+    tables: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros((TABLES, UPPER), np.uint32))
     nonzero: int = 0
     searches: "list[_Search]" = field(default_factory=list["_Search"])
 

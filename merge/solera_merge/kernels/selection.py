@@ -11,7 +11,6 @@ from solera_merge.kernels.compiled import kernel
 from solera_merge.kernels.formats import PIECE, widen
 
 __all__ = [
-    "TABLES",
     "collect_bin",
     "count_lower",
     "count_upper",
@@ -25,9 +24,6 @@ Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint32]
 Words2D = npt.NDArray[np.uint32]
-
-TABLES = 4
-"""Tables of `count_words`: neighbours often fall into one bin, and two additions to one cell must wait."""
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _U16 = np.uint32(16)
@@ -93,7 +89,7 @@ def count_upper(raw: Bytes, codes: Codes, n: int, model: int, tables: Words2D) -
         codes: of the rows.
         n: elements.
         model: row.
-        tables: [TABLES, 2^15]; their sum is the histogram.
+        tables: [`solera_merge.selection.TABLES`, 2^15]; their sum is the histogram.
 
     Returns:
         How many deltas are exactly 0, or -1 if an input is not finite.

@@ -73,6 +73,10 @@ class Method:
         """By name in a recipe."""
         return MappingProxyType(parameters_of(self.function))
 
+    def keywords(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values by the names of a recipe, as keyword arguments of `function`."""
+        return {self.parameters[name].keyword: value for name, value in values.items()}
+
     def unit_of(self, name: str, shape: tuple[int, ...]) -> Unit:
         """What the formula must see in one block of the tensor `name`."""
         return self.unit(name, shape) if callable(self.unit) else self.unit
