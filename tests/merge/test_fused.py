@@ -94,6 +94,38 @@ PARAMETERS["dare_linear"] = PARAMETERS["dare_ties"]
 CASES = [(method, i) for method, choices in PARAMETERS.items() for i in range(len(choices))]
 
 
+def sample(
+    method: str,
+    parameters: dict[str, Any],
+    size: int,
+    dtypes: list[str],
+    levels: int,
+    step: int,
+    seed: int,
+    in_memory: Any,
+) -> tuple[list[Bytes], list[str], tuple[int, ...], F32]:
+    """Stored sources of a method, their formats, random keys, and what the readable method makes of them.
+
+    `levels`: deltas of few distinct magnitudes, so that many are equal to the k-th.
+    """
+    rng = np.random.default_rng(seed)
+    entry = METHODS[method]
+    count = entry.most_models or 3
+    base = rng.standard_normal(size).astype(np.float32)
+    models: list[F32] = []
+    for _ in range(count):
+        delta = 0.3 * rng.standard_normal(size)
+        models.append((base + (np.round(delta * levels) / levels if levels else delta)).astype(np.float32))
+    dtypes = dtypes[: count + 1] if entry.base == "required" else dtypes[:count]
+    rows = [stored(m, d) for m, d in zip([*models, base], dtypes, strict=False)]
+    values = [to_float32(r, d) for r, d in zip(rows, dtypes, strict=True)]
+    keys = tuple(range(5, 5 + count))
+    plain = in_memory(values[:count], values[count] if entry.base == "required" else None, step * CHUNK_ELEMENTS, keys)
+    formula = entry.function(plain, *([] if entry.survey is None else [None]), **parameters)
+    expected = np.concatenate([formula(block) for block in plain.blocks()])
+    return rows, dtypes, keys, expected
+
+
 def test_every_twin_is_tried() -> None:
     assert set(PARAMETERS) == set(FUSED)
 
@@ -110,23 +142,8 @@ def test_every_twin_is_tried() -> None:
 def test_the_same_bits(
     method: str, choice: int, size: int, dtypes: list[str], levels: int, step: int, seed: int, in_memory: Any
 ) -> None:
-    """`levels`: deltas of few distinct magnitudes, so that many are equal to the k-th."""
     parameters = PARAMETERS[method][choice]
-    rng = np.random.default_rng(seed)
-    entry = METHODS[method]
-    count = entry.most_models or 3
-    base = rng.standard_normal(size).astype(np.float32)
-    models: list[F32] = []
-    for _ in range(count):
-        delta = 0.3 * rng.standard_normal(size)
-        models.append((base + (np.round(delta * levels) / levels if levels else delta)).astype(np.float32))
-    dtypes = dtypes[: count + 1] if entry.base == "required" else dtypes[:count]
-    rows = [stored(m, d) for m, d in zip([*models, base], dtypes, strict=False)]
-    values = [to_float32(r, d) for r, d in zip(rows, dtypes, strict=True)]
-    keys = tuple(range(5, 5 + count))
-    plain = in_memory(values[:count], values[count] if entry.base == "required" else None, step * CHUNK_ELEMENTS, keys)
-    formula = entry.function(plain, *([] if entry.survey is None else [None]), **parameters)
-    expected = np.concatenate([formula(block) for block in plain.blocks()])
+    rows, dtypes, keys, expected = sample(method, parameters, size, dtypes, levels, step, seed, in_memory)
     for out in CODES:
         tensor = RawInMemory(rows, dtypes, size, keys, step * CHUNK_ELEMENTS)
         assert fused(method, tensor, out, **parameters).tobytes() == from_float32(expected, out).tobytes()

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solera_core.context import Context
-from solera_core.dtypes import ITEM_BYTES, from_float32, to_float32
+from solera_core.dtypes import ITEM_BYTES, from_float32
 from solera_core.errors import CheckpointError, ConfigError, ResourceError
 from solera_core.progress import Silent
 from solera_core.writer import CheckpointWriter
@@ -32,7 +32,7 @@ from solera_merge.methods.catalogue import METHODS
 from solera_merge.plan import make_plan
 from solera_merge.run import merge, plan_merge
 from solera_merge.torch_twins import TWINS, Device, _words, open_device
-from tests.merge.test_fused import CASES, PARAMETERS
+from tests.merge.test_fused import CASES, PARAMETERS, sample
 
 F32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -87,23 +87,8 @@ def test_every_hot_method_has_a_twin() -> None:
 def test_the_same_bits(
     method: str, choice: int, size: int, dtypes: list[str], levels: int, step: int, seed: int, in_memory: Any
 ) -> None:
-    """`levels`: deltas of few distinct magnitudes, so that many are equal to the k-th."""
     parameters = PARAMETERS[method][choice]
-    rng = np.random.default_rng(seed)
-    entry = METHODS[method]
-    count = entry.most_models or 3
-    base = rng.standard_normal(size).astype(np.float32)
-    models: list[F32] = []
-    for _ in range(count):
-        delta = 0.3 * rng.standard_normal(size)
-        models.append((base + (np.round(delta * levels) / levels if levels else delta)).astype(np.float32))
-    dtypes = dtypes[: count + 1] if entry.base == "required" else dtypes[:count]
-    rows = [from_float32(m, d).copy() for m, d in zip([*models, base], dtypes, strict=False)]
-    values = [to_float32(r, d) for r, d in zip(rows, dtypes, strict=True)]
-    keys = tuple(range(5, 5 + count))
-    plain = in_memory(values[:count], values[count] if entry.base == "required" else None, step * CHUNK_ELEMENTS, keys)
-    formula = entry.function(plain, *([] if entry.survey is None else [None]), **parameters)
-    expected = np.concatenate([formula(block) for block in plain.blocks()])
+    rows, dtypes, keys, expected = sample(method, parameters, size, dtypes, levels, step, seed, in_memory)
     for out in CODES:
         tensor = TwoBuffers(rows, dtypes, size, keys, step * CHUNK_ELEMENTS)
         drift, other = np.zeros(2), np.zeros(2)
