@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
 from solera_core.data import path_bytes
 from solera_core.errors import CheckpointError, DataError
-from solera_core.fold import write_folded
+from solera_core.fold import loadable
 from solera_core.plan import Plan
 from solera_core.staging import check_apart, check_target, staged
 from solera_eval.config import ChoiceTask, EvalConfig, GenerateTask, TextTask
@@ -93,7 +92,7 @@ def evaluate(config: EvalConfig, out: Path, ctx: Context) -> Path:
     with staged(out, overwrite=ctx.overwrite) as staging, _threads(ctx.threads):
         results: dict[str, Results] = {}
         for name, model in models.items():
-            with _loadable(model, staging) as path:
+            with loadable(model, staging) as path:
                 results[name] = _evaluate_one(name, model, path, tokenizers[name], suite, config, ctx)
             directory = staging if config.model is not None else staging / name
             directory.mkdir(exist_ok=True)
@@ -165,17 +164,6 @@ def _warnings(config: EvalConfig, suite: Suite) -> list[str]:
     ]
 
 
-@contextlib.contextmanager
-def _loadable(model: Checkpoint, staging: Path) -> Iterator[Path]:
-    """A directory that transformers can load: the model's own; under an adapter one that is written for the while."""
-    if not _is_adapted(model):
-        yield model.path
-        return
-    with tempfile.TemporaryDirectory(dir=staging, prefix=".folded-") as scratch:
-        write_folded(model, Path(scratch) / "model")
-        yield Path(scratch) / "model"
-
-
 def _is_adapted(model: Checkpoint) -> bool:
     return any(model.is_derived(name) for name in model.tensors)
 
@@ -188,7 +176,7 @@ def _evaluate_one(
 ) -> Results:
     from solera_core.causal_lm import load_model
     from solera_core.inspect import parameter_count
-    from solera_eval.tokens import describe_prefix
+    from solera_core.prefix import describe_prefix
 
     count = parameter_count(checkpoint)
     model = load_model(path, dtype=config.dtype, trust_remote_code=ctx.trust_remote_code, allow_pickle=ctx.allow_pickle)
@@ -227,14 +215,18 @@ def _score(
     model: Any, tokenizer: Any, task: LoadedTask, batch_tokens: int, advance: Any
 ) -> tuple[list[ItemRecord], dict[str, Any]]:
     """The records of one task, and what is worth knowing about how they were made."""
-    from solera_eval.generate import generate
-    from solera_eval.score import context_tokens, score_choices, score_text
+    from solera_core.generate import generate
+    from solera_core.likelihood import context_tokens, score_documents
+    from solera_eval.score import score_choices
 
     settings = task.config
     if isinstance(settings, TextTask):
         texts = [item for item in task.items if isinstance(item, TextItem)]
         window = min(settings.window_tokens, context_tokens(model) or settings.window_tokens)
-        scores = score_text(model, tokenizer, texts, window_tokens=window, batch_tokens=batch_tokens, advance=advance)
+        documents = [item.document for item in texts]
+        scores = score_documents(
+            model, tokenizer, documents, window_tokens=window, batch_tokens=batch_tokens, advance=advance
+        )
         records = [
             ItemRecord(
                 task.name,
