@@ -286,6 +286,11 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> dict[str
                 f"{directory}: is a LoRA adapter, not a model; write <model>+{directory.name}, "
                 "behind the model that it was made for"
             )
+        if (directory / "route.json").exists():
+            raise CheckpointError(
+                f"{directory}: is a route over whole models, not a model with weights; `solera eval` and a "
+                "distillation's `teachers` take it"
+            )
         raise CheckpointError(f"{directory}: not a checkpoint: it has no config.json")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -23,9 +23,20 @@ from solera_core.sources import SafetensorsSource
 from solera_core.staging import RESUME_KEY_FILE
 from solera_core.version import __version__
 
-__all__ = ["FILE_NAME", "InputRecord", "data_record", "input_record", "read_provenance", "verify", "write_provenance"]
+__all__ = [
+    "BASE_DIR_FILE",
+    "FILE_NAME",
+    "InputRecord",
+    "data_record",
+    "input_record",
+    "read_provenance",
+    "verify",
+    "write_provenance",
+]
 
 FILE_NAME: Final = "solera.json"
+BASE_DIR_FILE: Final = "base-dir"
+"""A hint at a place, which changes when a directory moves: never part of what was made."""
 _PACKAGES: Final = (
     "accelerate",
     "huggingface_hub",
@@ -217,7 +228,11 @@ def _digests(stored: Mapping[str, TensorInfo]) -> dict[str, str]:
 
 def _files(directory: Path, stored: Mapping[str, TensorInfo]) -> dict[str, str]:
     """SHA-256 of every file but the weights, the record itself and what a hub and its client put beside them."""
-    weights = {info.file for info in stored.values()} | {directory / FILE_NAME, directory / RESUME_KEY_FILE}
+    weights = {info.file for info in stored.values()} | {
+        directory / FILE_NAME,
+        directory / RESUME_KEY_FILE,
+        directory / BASE_DIR_FILE,
+    }
     return {
         file.relative_to(directory).as_posix(): file_sha256(file)
         for file in sorted(directory.rglob("*"))

@@ -50,7 +50,7 @@ def reference(model: Any, ids: list[int], first: int) -> float:
     return sum(float(logprobs[t - 1, ids[t]]) for t in range(first, len(ids)))
 
 
-def score_text(model: Any, tokenizer: Any, items: list[TextItem], **settings: int) -> Any:
+def score_text(model: Any, tokenizer: Any, items: list[TextItem], **settings: Any) -> Any:
     return score_documents(model, tokenizer, [item.document for item in items], **settings)
 
 
