@@ -203,7 +203,7 @@ def test_mean_states_are_the_plainest_means(siblings: dict[str, Path]) -> None:
         expected = states[1:].mean(0) if len(ids) > 1 else states[0]
         assert row == pytest.approx(expected.numpy(), abs=1e-5)
     with torch.no_grad():
-        model.model.norm.weight[3] = math.nan  # type: ignore[operator, index, union-attr]
+        model.model.norm.weight[3] = math.nan
     with pytest.raises(CheckpointError, match="NaN or infinite"):
         mean_states(model, tokenizer, texts, tokens=16)
 
@@ -548,3 +548,74 @@ def test_a_plan_reads_no_weights(config: MakeConfig, specialists: dict[str, Path
     assert json.dumps(plan.to_json())
     documents = read_documents(DataSource(path=str(config().data["digits"][0].path)), base_dir=Path())
     assert plan.rows[1]["bytes scored by every specialist"] == sum(d.n_bytes for d in documents)
+
+
+# evaluation ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory, held_out: tuple[list[Document], list[str]]) -> dict[str, Any]:
+    """A text, a choice and a generation task over new draws of all three alphabets."""
+    root = tmp_path_factory.mktemp("suite")
+    texts = [(d.content.completion, name) for d, name in zip(*held_out, strict=True) if isinstance(d.content, Text)]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "text": [{"text": text, "domain": name} for text, name in texts],
+        "choice": [{"prompt": t[:30], "choices": [t[30:34], "zzzz", "yyy"], "answer": 0} for t, _ in texts],
+        "generate": [{"prompt": t[:30], "answer": "x"} for t, _ in texts],
+    }
+    for kind, content in rows.items():
+        (root / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    tasks = [{"name": kind, "kind": kind, "data": str(root / f"{kind}.jsonl")} for kind in rows]
+    tasks[2]["max_new_tokens"] = 4  # type: ignore[assignment]
+    return {"suite": "three", "tasks": tasks}
+
+
+@pytest.mark.parametrize("method", ["centroid", "cascade"])
+def test_a_route_is_evaluated_like_a_model(
+    routes: dict[str, Path], specialists: dict[str, Path], suite: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    """Every item has the score that its specialist has on it."""
+    from solera_eval.config import EvalConfig
+    from solera_eval.records import read_results
+    from solera_eval.run import evaluate, plan_evaluate
+
+    models = {"routed": str(routes[method]), **{n: str(p) for n, p in specialists.items()}}
+    config = parse(EvalConfig, {"models": models, "suites": [suite]}, where="test")
+    reads = [Path(row["path"]).name for row in plan_evaluate(config, Context()).reads if row["kind"] == "model"]
+    assert reads == [*specialists, *(["base"] if method == "centroid" else []), *specialists]
+    out = evaluate(config, tmp_path / "results", Context())
+    found = {name: read_results(out / name) for name in models}
+    assert len({json.dumps(results.suite) for results in found.values()}) == 1
+    used = set()
+    for record in found["routed"].items:
+        name = record.detail["specialist"]
+        used.add(name)
+        other = found[name].items_of(record.task)[record.item]
+        assert record.score == pytest.approx(other.score, abs=1e-4)
+        assert record.domain == other.domain
+    assert used == set(specialists)
+    assert [t.name for t in found["routed"].tasks] == ["text", "choice", "generate"]
+    text, *_ = found["routed"].tasks
+    assert text.value < min(found[name].tasks[0].value for name in specialists)
+    assert text.extra["chance"] == found["digits"].tasks[0].extra["chance"]
+    assert found["routed"].tasks[1].extra["chance"] == pytest.approx(1 / 3)
+
+
+def test_an_evaluation_refuses_a_route_whose_models_have_changed(
+    project: Path, suite: dict[str, Any], tmp_path: Path
+) -> None:
+    from solera_eval.config import EvalConfig
+    from solera_eval.run import evaluate
+
+    shutil.copy(project / "base" / "model.safetensors", project / "signs" / "model.safetensors")
+    config = parse(EvalConfig, {"model": "out/route", "suites": [suite]}, where="test")
+    with pytest.raises(CheckpointError, match=r"specialist 'signs' .* has changed"):
+        evaluate(config, tmp_path / "results", Context(base_dir=project))
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_route_is_no_checkpoint(project: Path) -> None:
+    from solera_core.checkpoint import open_checkpoint
+
+    with pytest.raises(CheckpointError, match="is a route over whole models"):
+        open_checkpoint(project / "out" / "route", Context())
