@@ -49,6 +49,10 @@ def write_skeleton(stage: Stage, directory: Path, ctx: Context) -> None:
             content = moe_config(trunk.fields, experts=experts, top_k=config.top_k, width=width, dtype=dtype)
             specs = moe_specs(trunk, experts=experts, width=width, dtype=config.dtype)
             _write(directory, content, specs, trunk.checkpoint.sidecars)
+        case "route":
+            from solera_merge.route.build import route_skeleton
+
+            route_skeleton(config, directory, ctx)
         case "distill":
             _write_student(directory, open_checkpoint(config.student.from_, ctx), config)
         case _:
