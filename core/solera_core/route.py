@@ -226,7 +226,7 @@ def open_route(directory: Path, ctx: Context, *, places: Mapping[str, str | Path
         if name not in known:
             raise ConfigError(f"{directory}: {name!r} is no specialist of this route{did_you_mean(name, known)}")
     marker = directory / BASE_DIR_FILE
-    base_dir = directory / marker.read_text(encoding="utf-8").strip() if marker.is_file() else ctx.base_dir
+    base_dir = (directory / marker.read_text(encoding="utf-8").strip()).resolve() if marker.is_file() else ctx.base_dir
     records = [*content["specialists"], *([content["base"]] if content["base"] else [])]
     parts = {part for record in records for part in record["ref"].split("+") if "/" not in part and part}
     beside = {part: directory.parent / part for part in parts if (directory.parent / part).is_dir()}
