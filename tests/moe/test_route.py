@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from solera_core.context import Context
 from solera_core.data import DataSource, Document, Messages, Text, read_documents
@@ -619,3 +621,21 @@ def test_a_route_is_no_checkpoint(project: Path) -> None:
 
     with pytest.raises(CheckpointError, match="is a route over whole models"):
         open_checkpoint(project / "out" / "route", Context())
+
+
+# docs ----------------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "route.md").read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_is_so() -> None:
+    whole, stages = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
+    assert parse(RouteConfig, whole, where="docs").method == "auto"
+    assert parse(RouteConfig, stages["door"]["route"], where="docs")
+    rows = re.findall(r"^\| `(\w+)` \| ?(\S*) \|", PAGE, re.MULTILINE)
+    fields = RouteConfig.model_fields
+    table = {name: default for name, default in rows if name in fields}
+    assert set(table) == set(fields)
+    for name, field in fields.items():
+        default = "" if field.is_required() or name == "base_model" else field.default
+        assert table[name] == ("null" if default is None else str(default)), name

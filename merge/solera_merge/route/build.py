@@ -43,7 +43,7 @@ Array = np.ndarray
 _BATCH_TOKENS: Final = 4096
 _LEAST_FIT, _LEAST_HELD_OUT = 8, 2  # documents a domain
 _SOUND_HELD_OUT: Final = 20
-_PENALTIES: Final = (1.0, 0.1, 0.01, 1e-3, 1e-4)
+_PENALTIES: Final = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
