@@ -465,7 +465,7 @@ def diff_command(
 
         _show_plan(plan_diff(a, b, ctx), as_json=as_json)
         return
-    rows = diff(open_checkpoint(a, ctx), open_checkpoint(b, ctx))
+    rows = diff(open_checkpoint(a, ctx, dequantise=True), open_checkpoint(b, ctx, dequantise=True))
     if as_json:
         print(json.dumps({"a": a, "b": b, "tensors": rows}, indent=2))  # noqa: T201
     else:

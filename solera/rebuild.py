@@ -46,7 +46,7 @@ def rebuild(directory: Path, ctx: Context) -> Rebuilt:
     problems: list[str] = []
     for item in record["inputs"]:
         if item["digest"].startswith(("blake3:", "sampled:")):
-            checkpoint = open_checkpoint(item["ref"], here)
+            checkpoint = open_checkpoint(item["ref"], here, dequantise=record["kind"] == "merge")
             now = checkpoint.digest() if item["digest"].startswith("blake3:") else checkpoint.identity()
             if now != item["digest"]:
                 problems.append(f"input {item['ref']} has changed: {item['digest'][:23]}... then, {now[:23]}... now")

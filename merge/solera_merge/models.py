@@ -8,7 +8,7 @@ from typing import Any
 from solera_core.architecture import num_layers, text_config, ties_embeddings
 from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
-from solera_core.errors import CheckpointError, InputError
+from solera_core.errors import InputError
 from solera_core.hub import split_adapter
 from solera_merge.config import MergeConfig
 from solera_merge.problems import Problems
@@ -74,7 +74,7 @@ def open_models(config: MergeConfig, ctx: Context) -> Models:
     The weights of models on the hub stay there until `Checkpoint.fetch`.
 
     Raises:
-        InputError: one line for every model that cannot be opened or is quantised.
+        InputError: one line for every model that cannot be opened, or not be dequantised.
     """
     problems = Problems()
     checkpoints: list[Checkpoint] = []
@@ -82,8 +82,7 @@ def open_models(config: MergeConfig, ctx: Context) -> Models:
     known: dict[tuple[Path, str | None], int] = {}
     for ref in _references(config):
         try:
-            checkpoint = open_checkpoint(ref, ctx, weights="later")
-            _refuse_quantised(checkpoint)
+            checkpoint = open_checkpoint(ref, ctx, weights="later", dequantise=True)
         except InputError as e:
             problems.add(e)
             continue
@@ -154,18 +153,6 @@ def _references(config: MergeConfig) -> list[str]:
         refs += [output.base_model] if output.base_model is not None else []
     refs += [config.base_model] if config.base_model is not None else []
     return list(dict.fromkeys(refs))
-
-
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    config = checkpoint.config
-    for key in ("quantization_config", "compression_config"):
-        found = config.get(key) or text_config(config).get(key)
-        if found:
-            kind = found.get("quant_method", "unknown") if isinstance(found, dict) else found
-            raise CheckpointError(
-                f"{_config_file(checkpoint)}: `{key}` says that the weights are quantised ({kind}); they cannot be "
-                "merged as they are: use the original checkpoint, or dequantise it first"
-            )
 
 
 def _config_file(checkpoint: Checkpoint) -> Path:

@@ -138,7 +138,7 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
 
     Raises:
         ConfigError: the recipe asks for something impossible or meaningless.
-        CheckpointError: a model is missing, damaged or quantised, or the models do not belong together.
+        CheckpointError: a model is missing, damaged or cannot be dequantised, or the models do not belong together.
     """
     if ctx.device != "cpu":
         from solera_merge.torch_twins import open_device
@@ -146,7 +146,8 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
         open_device(ctx.device)  # says what is there if it is not
     models = open_models(config, ctx)
     whole = config.models is not None
-    warnings = compare(models, whole=whole, same_tokenizer=config.tokenizer_source is not None)
+    warnings = [f"{c.ref}: {note}" for c in models.checkpoints for note in c.notes]
+    warnings += compare(models, whole=whole, same_tokenizer=config.tokenizer_source is not None)
     runs = runs_of(config, models)
     targets, notes = find_targets(runs, models, whole=whole)
     warnings += notes
@@ -205,6 +206,7 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
             "bytes": used[i],
             "download_bytes": c.missing_bytes,
             "tensors": len(c.tensors),
+            **({"read as": "; ".join(c.notes)} if c.notes else {}),
         }
         for i, c in enumerate(models.checkpoints)
     ]

@@ -149,6 +149,8 @@ def _input_of_the_same_form(plan: MergePlan, models: Models) -> str | None:
     shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
     form = _form(plan.config)
     for checkpoint in models.checkpoints:
+        if not checkpoint.as_stored:
+            continue
         if _form(checkpoint.config) == form and {n: t.shape for n, t in checkpoint.tensors.items()} == shapes:
             return checkpoint.ref
     return None
