@@ -40,11 +40,12 @@ _KEYS: Final = ("quantization_config", "compression_config")  # the second as ll
 _SHOWN: Final = 8
 _WHOLE_NUMBERS: Final = ("I64", "BOOL")  # tables and masks that models really have
 _CODES: Final = re.compile(
-    r"(^|\.)(qweight|qzeros|SCB|absmax|quant_map|quant_state\.\w+|weight_packed|weight_scale|\w+_scale_inv)$"
+    r"(^|\.)(qweight|qzeros|SCB|absmax|quant_map|quant_state\.\w+|weight_packed|weight_scale|\w+_scale_inv|"
+    r"\w+_proj_(blocks|scales))$"
 )
 _COMPANION: Final = re.compile(
     rf"{_CODES.pattern}|(^|\.)(scales|g_idx|weight_format|nested_absmax|nested_quant_map|weight_shape|weight_g_idx|"
-    r"weight_zero_point|weight_global_scale|weight_scale_2|\w+_proj_(blocks|scales))$"
+    r"weight_zero_point|weight_global_scale|weight_scale_2)$"
 )
 
 
@@ -129,7 +130,7 @@ def _casts(stored: Stored) -> Scheme:
 def _check_the_rest(stored: Stored, used: Collection[str], *, quantised: bool) -> None:
     """Nothing is left that a weight needed, and no codes that nobody read."""
     for name, info in stored.tensors.items():
-        if name in used:
+        if name in used or name in stored.seen:
             continue
         if (_COMPANION if quantised else _CODES).search(name):
             why = "belongs to no quantised weight" if quantised else "belongs to a quantised weight"

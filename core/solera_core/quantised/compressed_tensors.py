@@ -9,7 +9,7 @@ packed likewise along the rows, and `weight_g_idx` [in], the group of every inpu
 value = (code - zero point) * scale.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -49,20 +49,20 @@ def compressed_tensors(stored: Stored, settings: Mapping[str, Any]) -> Scheme:
         raise stored.refuse(f"sparse weights ({sparsity}) cannot be read")
     if (settings.get("transform_config") or {}).get("config_groups"):
         raise stored.refuse("weights with transforms (`transform_config`) cannot be dequantised")
-    bits = _bits(settings)
+    arguments = _arguments(settings)
     weights: list[Weight] = []
     for name, info in stored.tensors.items():
         if name.endswith(".weight_packed"):
-            weights += _packed(stored, name.removesuffix("weight_packed"), bits)
+            weights += _packed(stored, name.removesuffix("weight_packed"), arguments)
         elif info.dtype in (*F8, "I8") and name.endswith(".weight"):
             weights += _plain(stored, name.removesuffix("weight"))
     return Scheme(f"compressed-tensors, {layout}", weights, stored.activations())
 
 
-def _bits(settings: Mapping[str, Any]) -> set[int]:
-    """The widths of integers that may be packed."""
+def _arguments(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """How integers are packed: the arguments of every group of modules that has them."""
     groups = [group.get("weights") or {} for group in (settings.get("config_groups") or {}).values()]
-    return {group["num_bits"] for group in groups if group.get("type", "int") == "int" and "num_bits" in group}
+    return [group for group in groups if group.get("type", "int") == "int" and "num_bits" in group]
 
 
 def _plain(stored: Stored, module: str) -> list[Weight]:
@@ -78,7 +78,7 @@ def _plain(stored: Stored, module: str) -> list[Weight]:
     return [scaled(stored, codes, codes, shape, scale, zero)]
 
 
-def _packed(stored: Stored, module: str, bits: set[int]) -> list[Weight]:
+def _packed(stored: Stored, module: str, arguments: Sequence[Mapping[str, Any]]) -> list[Weight]:
     codes, name = f"{module}weight_packed", f"{module}weight"
     if stored.tensors[codes].dtype == "U8":
         if f"{module}weight_global_scale" in stored.tensors:
@@ -96,19 +96,23 @@ def _packed(stored: Stored, module: str, bits: set[int]) -> list[Weight]:
     )
     if parts is None or not stored.expect(codes, dtypes=("I32",)):
         return []
+    bits = {group["num_bits"] for group in arguments}
     if len(bits) != 1 or not bits <= set(_BITS):
         found = ", ".join(map(str, sorted(bits))) or "none given"
         raise stored.refuse(
             f"packed integers of one width out of {', '.join(map(str, _BITS))} bits can be dequantised (found: {found})"
         )
-    weight = _integers(stored, module, parts, next(iter(bits)))
+    sizes = {group.get("group_size") for group in arguments}
+    weight = _integers(stored, module, parts, bits.pop(), sizes.pop() if len(sizes) == 1 else None)
     if weight is None:
         return []
     read = by_rows(weight.columns, partial(weight.values, stored))
     return [Weight(name, (weight.rows, weight.columns), tuple(parts.values()), read)]
 
 
-def _integers(stored: Stored, module: str, parts: Mapping[str, str], bits: int) -> "_Integers | None":
+def _integers(
+    stored: Stored, module: str, parts: Mapping[str, str], bits: int, group_size: int | None
+) -> "_Integers | None":
     rows, words = stored.matrix(parts["weight_packed"])
     columns, scale = words * 32 // bits, stored.tensors[parts["weight_scale"]]
     groups = 1 if scale.size == 1 else scale.shape[-1] if len(scale.shape) == 2 else 1
@@ -116,7 +120,10 @@ def _integers(stored: Stored, module: str, parts: Mapping[str, str], bits: int) 
         scale.size == 1 or stored.expect(parts["weight_scale"], shape=(rows, groups)),
         stored.expect(parts["weight_scale"], dtypes=("BF16", "F16", "F32")),
     ]
-    if columns % groups:
+    if isinstance(group_size, int) and 0 < group_size != columns / groups:
+        stored.problem(parts["weight_scale"], f"expected one for every {group_size} of {columns} in a row")
+        right.append(False)
+    elif columns % groups:
         stored.problem(parts["weight_scale"], f"does not divide rows of {columns} evenly")
         right.append(False)
     if (zero := parts.get("weight_zero_point")) is not None:

@@ -26,6 +26,7 @@ def fp8(stored: Stored, settings: Mapping[str, Any]) -> Scheme:
         if info.dtype not in (*F8, "I8") or name.endswith("_scale_inv"):
             continue
         found = [name + end for end in ("_scale_inv", "_scale") if name + end in stored.tensors]
+        stored.seen.update(found)
         if len(found) != 1:
             stored.problem(name, f"needs its scale, {name + '_scale_inv'!r} or {name + '_scale'!r}; found {found}")
             continue

@@ -73,10 +73,12 @@ class Stored:
     Attributes:
         checkpoint: the model.
         problems: what is wrong with it, a line each; a format goes on after each, so that all are said at once.
+        seen: tensors that a format has looked at, whatever it found.
     """
 
     checkpoint: Checkpoint
     problems: list[str] = field(default_factory=list[str])
+    seen: set[str] = field(default_factory=set[str])
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -86,6 +88,7 @@ class Stored:
     def problem(self, name: str, what: str) -> None:
         """Note what is wrong with a stored tensor."""
         info = self.tensors[name]
+        self.seen.add(name)
         self.problems.append(f"{info.file}: tensor {name!r} {info.dtype} {info.shape}: {what}")
 
     def broken(self, name: str, what: str) -> CheckpointError:
@@ -152,6 +155,7 @@ class Stored:
     def companions(self, module: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, str] | None:
         """The stored names of `<module><end>` by end; None, and a problem each, where a required one is absent."""
         found = {end: module + end for end in (*required, *optional) if module + end in self.tensors}
+        self.seen.update(found.values())
         there = next(iter(found.values()), None)
         absent = [end for end in required if end not in found]
         if absent and there is not None:
