@@ -1,6 +1,6 @@
 """The plan of a merge: every output tensor with its sources, method and resolved parameters, from headers alone.
 
-    recipe -> models (opened, compared) -> runs -> targets -> parameters -> plan
+    recipe -> models (opened, compared) -> parts, runs -> targets -> parameters -> plan
 
 Nothing here reads a weight. The plan is pure data: it can be printed, hashed, and executed later or elsewhere.
 """
@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from solera_core.architecture import is_embedding, is_head, vocab_size
+from solera_core.architecture import has_tokens_beyond_vocabulary, is_embedding, is_head, vocab_size
 from solera_core.checkpoint import Checkpoint
 from solera_core.context import Context
 from solera_core.digest import json_digest
@@ -33,7 +33,7 @@ from solera_merge.methods.catalogue import METHODS
 from solera_merge.models import Models, compare, open_models
 from solera_merge.problems import Problems
 from solera_merge.resolve import resolve
-from solera_merge.runs import runs_of
+from solera_merge.runs import parts_of
 from solera_merge.targets import Target, find_targets
 from solera_merge.vocabulary import check_tokenizer
 
@@ -145,10 +145,10 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
 
         open_device(ctx.device)  # says what is there if it is not
     models = open_models(config, ctx)
-    whole = config.models is not None
+    whole = all(part.models is not None for part in config.parts.values())
     warnings = compare(models, whole=whole, same_tokenizer=config.tokenizer_source is not None)
-    runs = runs_of(config, models)
-    targets, notes = find_targets(runs, models, whole=whole)
+    parts = parts_of(config, models)
+    targets, notes = find_targets(parts, models)
     warnings += notes
     resolved = resolve(config, targets, models)
     problems = Problems()
@@ -160,7 +160,7 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
         tensors = as_mergekit(config, tensors, models, ctx, problems)
     problems.raise_any()
     dtype = _main_dtype(tensors)
-    content, notes = output_config(models, runs, whole=whole, dtype=_TORCH_NAME[dtype])
+    content, notes = output_config(models, parts, dtype=_TORCH_NAME[dtype])
     warnings += notes
     _check_vocabulary(tensors, content, models)
     donor = _tokenizer_owner(config, models)
@@ -210,6 +210,7 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
     ]
     writes: list[Mapping[str, Any]] = [{"what": s.file, "bytes": s.nbytes} for s in layout(plan.specs)]
     writes += [{"what": f.name, "bytes": f.stat().st_size} for f in plan.sidecars]
+    parameters = list(dict.fromkeys(name for method in config.methods for name in method.parameters))
     return Plan(
         stage="merge",
         reads=reads,
@@ -225,7 +226,7 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
             **({} if ctx.compat is None else {"compat": ctx.compat}),
             **({} if ctx.device == "cpu" else {"device": ctx.device}),
         },
-        rows=[_row(tensor, models, list(config.method.parameters)) for tensor in plan.tensors],
+        rows=[_row(tensor, models, parameters) for tensor in plan.tensors],
         warnings=plan.warnings,
     )
 
@@ -324,8 +325,11 @@ def _check_shapes(targets: Sequence[Target], models: Models, problems: Problems)
 def _check_vocabulary(tensors: Sequence[TensorPlan], content: Mapping[str, Any], models: Models) -> None:
     """Slices may take embedding, head and config.json from three models."""
     rows = vocab_size(content)
+    more = has_tokens_beyond_vocabulary(content)
     for tensor in tensors:
         if (is_embedding(tensor.name) or is_head(tensor.name)) and tensor.shape and rows not in (None, tensor.shape[0]):
+            if more and is_embedding(tensor.name) and rows is not None and tensor.shape[0] > rows:
+                continue
             file = models.checkpoints[models.owner].path / "config.json"
             raise CheckpointError(
                 f"{file}: vocab_size is {rows}, but {tensor.name!r} of "
@@ -367,8 +371,9 @@ def _tensor_plans(
         dtype = SAFETENSORS_NAME[wanted] if wanted else stored[0] if len(stored) == 1 else "F32"
         base = next((s for s in sources if s.model == target.run.base), None)
         others = tuple(s for s in sources if s is not base)
+        method = target.run.method.name
         keys = tuple(key(seed, target.name, models.ref(s.model)) for s in others)
-        plans.append(TensorPlan(target.name, dtype, shape, config.merge_method, base, others, parameters, keys))
+        plans.append(TensorPlan(target.name, dtype, shape, method, base, others, parameters, keys))
     return plans
 
 
