@@ -43,8 +43,11 @@ _PATTERNS: Final = (
 )
 
 
-# Lists that may have as many entries as there are layers by chance: end-of-text ids, ranges, sizes of images.
+# Lists that may have as many entries as there are layers by chance: end-of-text ids, ranges, sizes of images. Where
+# there are few layers (in tests, and in small towers) any list may, so there the key must say that it is about layers.
 _NO_LAYERS: Final = re.compile(r"token|^mtp|limit|range|image|patch|^architectures$")
+_SAYS_LAYERS: Final = re.compile(r"layer|block|pattern|types")
+_FEW: Final = 6
 
 
 def output_config(models: Models, parts: Sequence[Part], *, dtype: str) -> tuple[dict[str, Any], list[str]]:
@@ -121,7 +124,8 @@ def _level(models: Models, model: int, tower: Tower) -> Mapping[str, Any]:
 def _is_per_layer(key: str, value: Any, layers: int) -> bool:
     """A list with an entry a layer; or a string with a letter a layer (`hybrid_override_pattern`)."""
     kind = isinstance(value, list) or (isinstance(value, str) and key.endswith("pattern"))
-    return kind and len(value) == layers and _NO_LAYERS.search(key) is None
+    says = layers >= _FEW or _SAYS_LAYERS.search(key) is not None
+    return kind and len(value) == layers and says and _NO_LAYERS.search(key) is None
 
 
 def _entry(
