@@ -153,7 +153,7 @@ def tower_config(config: Mapping[str, Any], tower: Tower) -> Mapping[str, Any]:
     if tower.role == "language":
         return text_config(config)
     for key, value in config.items():
-        if isinstance(value, Mapping) and (key == tower.name or _word(key) == tower.role and key.endswith("config")):
+        if isinstance(value, Mapping) and (key == tower.name or (_word(key) == tower.role and key.endswith("config"))):
             return value
     return config
 

@@ -41,7 +41,7 @@ def align(checkpoint: Checkpoint, towers: Sequence[Tower], like: Sequence[Tower]
 
 
 def counterpart(tower: Tower, among: Sequence[Tower]) -> Tower | None:
-    """The same tower in another model: of that name, else of that role; a model that is one tower is its counterpart."""
+    """The same tower in another model: of that name, else of that role; or all of a model that is but one tower."""
     return find_tower(among, tower.name) or find_tower(among, tower.role) or (among[0] if len(among) == 1 else None)
 
 
@@ -68,7 +68,9 @@ def fill(checkpoint: Checkpoint, own: Tower, whole: Checkpoint, tower: Tower) ->
             continue
         if mine.dtype in FLOATS and theirs.dtype in FLOATS:
             padded[name] = theirs.shape[0] - mine.shape[0]
-            tensors[name] = Derived(replace(mine, name=name, shape=theirs.shape), partial(_rows, checkpoint, old, whole, name))
+            tensors[name] = Derived(
+                replace(mine, name=name, shape=theirs.shape), partial(_rows, checkpoint, old, whole, name)
+            )
     if len(tensors) < len(own.tensors):
         raise CheckpointError(f"{checkpoint.path}: several of its tensors would have one name in {tower.name!r}")
     what: Mapping[str, object] = {"tower": tower.name, "names": list(tensors), "rows": padded}

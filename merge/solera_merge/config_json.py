@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from solera_core.towers import Tower, count_keys, find_tower, layer_count, tower_config
 from solera_merge.models import Models
-from solera_merge.problems import Problems
+from solera_merge.problems import Problems, some
 from solera_merge.runs import Part
 
 __all__ = ["output_config"]
@@ -48,6 +49,8 @@ _PATTERNS: Final = (
 _NO_LAYERS: Final = re.compile(r"token|^mtp|limit|range|image|patch|^architectures$")
 _SAYS_LAYERS: Final = re.compile(r"layer|block|pattern|types")
 _FEW: Final = 6
+_STEP: Final = re.compile(r"(period|step|interval|freq)$")
+_DENSE: Final = "first_k_dense_replace"
 
 
 def output_config(models: Models, parts: Sequence[Part], *, dtype: str) -> tuple[dict[str, Any], list[str]]:
@@ -86,15 +89,23 @@ def _restack(config: dict[str, Any], part: Part, models: Models) -> list[str]:
     problems, warnings = Problems(), list[str]()
     levels = [_level(models, i, tower) for i in range(len(models.checkpoints))]
     counts = count_keys(inner, tower)
-    if not counts and layer_count(config, tower) is None and not any(_is_per_layer(k, v, old) for k, v in inner.items()):
+    if (
+        not counts
+        and layer_count(config, tower) is None
+        and not any(_is_per_layer(k, v, old) for k, v in inner.items())
+    ):
         problems.checkpoint(
             f"{models.checkpoints[models.owner].path / 'config.json'}: has no key for the number of layers of "
             f"{tower.name!r}; slices are not possible"
         )
+    kinds = _Kinds(models, next(iter(tower.stacks)), levels)
+    settled = [*counts, *_set_dense_layers(inner, origins, kinds, problems)]
+    if settled == counts:
+        kinds.check(inner, origins, problems)
     for key in counts:
         inner[key] = len(origins)
     for key, value in list(inner.items()):
-        if key in counts:
+        if key in settled:
             continue
         if isinstance(value, list) and key in _LAYER_NUMBERS:
             inner[key] = [
@@ -112,6 +123,78 @@ def _restack(config: dict[str, Any], part: Part, models: Models) -> list[str]:
             )
     problems.raise_any()
     return warnings
+
+
+def _set_dense_layers(
+    inner: dict[str, Any], origins: Sequence[Sequence[tuple[int, int]]], kinds: "_Kinds", problems: Problems
+) -> list[str]:
+    """`first_k_dense_replace` of DeepSeek and others: the layers before the first with experts; what was set."""
+    if not isinstance(inner.get(_DENSE), int):
+        return []
+    dense = [not any("experts" in suffix for suffix, _ in kinds.of(*row[0])) for row in origins]
+    count = next((i for i, alone in enumerate(dense) if not alone), len(dense))
+    if any(dense[count:]):
+        at = count + dense[count:].index(True)
+        problems.checkpoint(
+            f"config.json: `{_DENSE}` can only say that the first layers have no experts, and layer {at} of the "
+            f"output (layer {origins[at][0][1]} of {kinds.models.ref(origins[at][0][0])!r}) has none behind layers with experts"
+        )
+    inner[_DENSE] = count
+    return [_DENSE]
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """What a layer holds, and whether its place in the config's lists tells it; else its number does.
+
+    Attributes:
+        models: as opened.
+        stack: prefix of the layers.
+        levels: of each model's config.
+    """
+
+    models: Models
+    stack: str
+    levels: Sequence[Mapping[str, Any]]
+
+    def count(self, model: int) -> int:
+        """Number of a model's layers."""
+        return next((t.stacks[self.stack] for t in self.models.towers[model] if self.stack in t.stacks), 0)
+
+    def of(self, model: int, layer: int) -> frozenset[tuple[str, tuple[int, ...]]]:
+        """(name behind the number, shape) of the tensors of a layer."""
+        prefix = f"{self.stack}.{layer}."
+        tensors = self.models.checkpoints[model].tensors
+        return frozenset((n.removeprefix(prefix), t.shape) for n, t in tensors.items() if n.startswith(prefix))
+
+    def listed(self, model: int, layer: int) -> tuple[str, ...]:
+        """What the per-layer lists of a config say about a layer."""
+        entries: list[str] = []
+        for key, value in sorted(self.levels[model].items()):
+            if isinstance(value, list) and key in _LAYER_NUMBERS:
+                entries.append(f"{key}:{layer in value}")
+            elif _is_per_layer(key, value, self.count(model)):
+                entries.append(f"{key}:{value[layer]}")
+        return tuple(entries)
+
+    def check(self, inner: Mapping[str, Any], origins: Sequence[Sequence[tuple[int, int]]], problems: Problems) -> None:
+        """Refuse layers that lie where the model class, counting, makes layers of another kind."""
+        owner, layers = self.models.owner, self.count(self.models.owner)
+        own = [(self.listed(owner, i), self.of(owner, i)) for i in range(layers)]
+        ambiguous = {listed for listed, kind in own if any(a == listed and b != kind for a, b in own)}
+        steps = [v for k, v in inner.items() if _STEP.search(k) and isinstance(v, int) and 0 < v <= layers]
+        for at, row in enumerate(origins):
+            model, layer = row[0]
+            back = max(steps, default=1)
+            like = at if at < layers else at - back * -(-(at - layers + 1) // back)
+            if self.listed(model, layer) not in ambiguous or own[like][0] != self.listed(model, layer):
+                continue
+            if differing := sorted({name for name, _ in own[like][1] ^ self.of(model, layer)}):
+                problems.checkpoint(
+                    f"{self.stack}.{at}: would be layer {layer} of {self.models.ref(model)!r}, but layers of this "
+                    f"model differ by their number, and one with this number differs in {some(differing)}; "
+                    "choose ranges that keep such layers in their places"
+                )
 
 
 def _level(models: Models, model: int, tower: Tower) -> Mapping[str, Any]:

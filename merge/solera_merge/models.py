@@ -1,7 +1,7 @@
 """The models of a recipe: opened once each, named alike, and compared by what config and tokenizer say."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -8,11 +8,11 @@ Nothing here reads a weight. The plan is pure data: it can be printed, hashed, a
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from solera_core.architecture import has_tokens_beyond_vocabulary, is_embedding, is_head, vocab_size
+from solera_core.architecture import fused_experts, has_tokens_beyond_vocabulary, is_embedding, is_head, vocab_size
 from solera_core.checkpoint import Checkpoint
 from solera_core.context import Context
 from solera_core.digest import json_digest
@@ -81,6 +81,7 @@ class TensorPlan:
         models: the other sources, in the order of the recipe.
         parameters: by name in a recipe; a tuple has one value a model.
         keys: a random key a model.
+        experts: how many tensors this is, along its first axis: fused experts are merged one by one.
         mergekit: the number format in which mergekit's own method computes it (`solera_merge.compat`); None: the method
             of the catalogue does, in float32.
     """
@@ -93,12 +94,23 @@ class TensorPlan:
     models: tuple[SourceTensor, ...]
     parameters: Mapping[str, Any]
     keys: tuple[int, ...]
+    experts: int = 1
     mergekit: str | None = None
 
     @property
     def spec(self) -> TensorSpec:
         """As the writer wants it."""
         return TensorSpec(self.name, self.dtype, self.shape)
+
+    @property
+    def pieces(self) -> "list[TensorPlan]":
+        """The tensor itself, or the experts' one by one, each with keys of its own."""
+        if self.experts == 1:
+            return [self]
+        return [
+            replace(self, shape=self.shape[1:], keys=tuple((k + i) % 2**128 for k in self.keys), experts=1)
+            for i in range(self.experts)
+        ]
 
     @property
     def sources(self) -> tuple[SourceTensor, ...]:
@@ -240,8 +252,9 @@ def tensor_bytes(tensor: TensorPlan, *, device: str = "cpu") -> int:
         from solera_merge.compat import whole_bytes
 
         return whole_bytes(tensor)
-    unit = "elements" if tensor.method == COPY else METHODS[tensor.method].unit_of(tensor.name, tensor.shape)
-    starts = block_starts(tensor.shape, unit, _block_elements(tensor.method, device))
+    shape = tensor.pieces[0].shape
+    unit = "elements" if tensor.method == COPY else METHODS[tensor.method].unit_of(tensor.name, shape)
+    starts = block_starts(shape, unit, _block_elements(tensor.method, device))
     block = starts[1] - starts[0] if len(starts) > 1 else 0
     item_bytes = _SVD_BYTES if unit == "matrices" else 4
     return (len(tensor.sources) * 2 + _TEMPORARIES) * block * item_bytes + len(tensor.models) * _SELECTION_BYTES
@@ -346,6 +359,7 @@ def _tensor_plans(
     problems: Problems,
 ) -> list[TensorPlan]:
     wanted = config.out_dtype or config.dtype
+    content = models.checkpoints[models.owner].config
     plans: list[TensorPlan] = []
     for target, parameters in zip(targets, resolved, strict=True):
         sources = [SourceTensor(s.model, n) for s, n in zip(target.run.sources, target.inputs, strict=True)]
@@ -373,7 +387,8 @@ def _tensor_plans(
         others = tuple(s for s in sources if s is not base)
         method = target.run.method.name
         keys = tuple(key(seed, target.name, models.ref(s.model)) for s in others)
-        plans.append(TensorPlan(target.name, dtype, shape, method, base, others, parameters, keys))
+        experts = fused_experts(target.name, shape, content)
+        plans.append(TensorPlan(target.name, dtype, shape, method, base, others, parameters, keys, experts))
     return plans
 
 

@@ -19,9 +19,9 @@ __all__ = ["resolve"]
 def resolve(config: MergeConfig, targets: Sequence[Target], models: Models) -> list[dict[str, Any]]:
     """For every target its parameters by name: one value, or a tuple with one value a model (the base left out).
 
-    For each tensor and model the first level that has a value wins: source, slice, module, global, default. A level whose
-    filters do not match falls through to the next. Filters see the name in the source for what belongs to one model,
-    and the name in the output for what all share (as in mergekit).
+    For each tensor and model the first level that has a value wins: source, slice, module, global, default. A level
+    whose filters do not match falls through to the next. Filters see the name in the source for what belongs to one
+    model, and the name in the output for what all share (as in mergekit).
 
     Raises:
         ConfigError: a required parameter without a value, a filter that matches nothing, weights that cancel, values

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from solera_core.architecture import text_config
-from solera_core.strict import did_you_mean
 from solera_core.towers import Tower, find_tower, layer_count
 from solera_merge.config import MergeConfig, OutputModule
 from solera_merge.methods.catalogue import METHODS, Method
@@ -205,7 +204,7 @@ def _range_problem(models: Models, model: int, tower: Tower | None, layers: tupl
     if tower is None and len(towers) > 1:
         stacks = [stack for other in towers for stack in other.stacks]
         return f"has several stacks of layers ({some(stacks)}); slice one of its `modules`: {_listing(towers)}"
-    mine = towers[0] if tower is None else find_tower(towers, tower.name)
+    mine = next(iter(towers), None) if tower is None else find_tower(towers, tower.name)
     if mine is None:
         return f"has no {tower.name if tower else ''}; {_listing(towers)}"
     if not mine.stacks:

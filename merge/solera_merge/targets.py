@@ -179,10 +179,10 @@ def _counted(models: Models) -> dict[str, int]:
     config = models.checkpoints[models.owner].config
     extra = text_config(config).get("num_nextn_predict_layers") or 0
     return {
-        stack: stated
+        stack: found - extra
         for tower in models.towers[models.owner]
         for stack, found in tower.stacks.items()
-        if extra and (stated := layer_count(config, tower)) == found - extra
+        if extra and layer_count(config, tower) == found - extra
     }
 
 

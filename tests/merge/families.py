@@ -1,6 +1,6 @@
 """Tiny models of many families, as transformers makes and saves them (that is, in the layout of the hub)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +133,8 @@ class Family:
             result = model(**given)
         for name in ("logits", "logits_per_text", "last_hidden_state"):
             if (found := getattr(result, name, None)) is not None:
-                return found.flatten()
+                flat: torch.Tensor = found.flatten()
+                return flat
         raise AssertionError(f"{self.cls} returns none of the outputs that are compared")
 
 
@@ -165,8 +166,7 @@ FAMILIES: dict[str, Family] = {
         qk_rope_head_dim=8,
         qk_nope_head_dim=8,
         v_head_dim=8,
-    )
-    ,
+    ),
     "gpt_oss": _causal(
         "GptOssForCausalLM",
         "gpt_oss",
@@ -275,9 +275,7 @@ FAMILIES: dict[str, Family] = {
         "seq2seq",
         ("decoder", [[0, 3], [1, 3]]),
     ),
-    "bart": Family(
-        "BartForConditionalGeneration", "bart", _ENCODER_DECODER, "seq2seq", ("encoder", [[0, 3], [1, 3]])
-    ),
+    "bart": Family("BartForConditionalGeneration", "bart", _ENCODER_DECODER, "seq2seq", ("encoder", [[0, 3], [1, 3]])),
     "whisper": Family(
         "WhisperForConditionalGeneration",
         "whisper",
@@ -422,5 +420,3 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 """By the name that the tests give them."""
-
-Build = Callable[..., Path]

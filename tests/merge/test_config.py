@@ -66,7 +66,10 @@ def test_mergekit_recipes_are_read(recipe: Recipe) -> None:
             "t: is shared by all models of slerp",
         ),
         ({"merge_method": "linear", "models": AB, "dtype": "bf16"}, "dtype: input should be 'float32', 'float16'"),
-        ({"merge_method": "linear", "models": AB, "modules": {"m": {"models": [{"model": "a"}]}}}, "not models and modules"),
+        (
+            {"merge_method": "linear", "models": AB, "modules": {"m": {"models": [{"model": "a"}]}}},
+            "not models and modules",
+        ),
         ({"merge_method": "linear", "models": AB, "tokenizer": {"source": "union"}}, "tokenizer: building a tokenizer"),
         ({"merge_method": "linear", "models": AB, "chat_template": "auto"}, "chat_template: setting a chat template"),
         ({"merge_method": "linear", "models": AB, "tokenizer_source": "union"}, "`union` is not supported yet"),
