@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solera_core.context import Context
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -61,6 +63,11 @@ _MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]
 _SOUND = {"num_mel_bins": 16, "max_source_positions": 32}
 
 
+def context(models: Mapping[str, Path]) -> Context:
+    """Surroundings in which the names are models; the reload check is the tests' own."""
+    return Context(models=dict(models), threads=1, reload_check=False, flush=False)
+
+
 def _text(model_type: str, **settings: Any) -> dict[str, Any]:
     return {**_TEXT, "model_type": model_type, **settings}
 
@@ -108,6 +115,12 @@ class Family:
             path, output_loading_info=True, local_files_only=True, dtype="float32"
         )
         return model.eval(), info
+
+    def exact(self, path: Path) -> "PreTrainedModel":
+        """The model, which transformers must have loaded without inventing or dropping a tensor."""
+        model, info = self.load(path)
+        assert {kind: list(found) for kind, found in info.items() if found} == {}
+        return model
 
     def outputs(self, model: "PreTrainedModel") -> "torch.Tensor":
         """What the model computes for a fixed input, flat."""
@@ -315,7 +328,7 @@ FAMILIES: dict[str, Family] = {
         "gemma3",
         {
             "text_config": _text("gemma3_text"),
-            "vision_config": {**_VISION, "model_type": "siglip_vision_model"},
+            "vision_config": {**_VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
             "mm_tokens_per_image": 4,
             "image_token_index": IMAGE,
             "boi_token_index": 94,
@@ -370,6 +383,7 @@ FAMILIES: dict[str, Family] = {
             "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 8},
             "image_token_index": IMAGE,
             "spatial_merge_size": 1,
+            "tie_word_embeddings": False,
         },
         deeper=("text_decoder", [[0, 2], [1, 2]]),
     ),

@@ -16,7 +16,7 @@ from solera_core.context import Context
 from solera_core.towers import find_tower, towers_of
 from solera_merge.config import MergeConfig
 from solera_merge.run import merge
-from tests.merge.families import FAMILIES, Family
+from tests.merge.families import FAMILIES, context
 
 Recipe = Callable[..., MergeConfig]
 
@@ -43,17 +43,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, 
     return build
 
 
-def context(models: dict[str, Path]) -> Context:
-    return Context(models=models, threads=1, reload_check=False, flush=False)
-
-
-def exact(family: Family, path: Path) -> Any:
-    """The model, which transformers must have loaded without inventing or dropping a tensor."""
-    model, info = family.load(path)
-    assert {kind: list(found) for kind, found in info.items() if found} == {}
-    return model
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_merge_and_reload(name: str, pair: Any, recipe: Recipe, tmp_path: Path) -> None:
     family, models = FAMILIES[name], pair(name)
@@ -66,23 +55,23 @@ def test_merge_and_reload(name: str, pair: Any, recipe: Recipe, tmp_path: Path) 
     for tensor in checkpoints[0].tensors:
         a, b, merged = (checkpoint.read(tensor) for checkpoint in checkpoints)
         np.testing.assert_allclose(merged, (a + b) / 2, rtol=1e-6, atol=1e-7)
-    computed = family.outputs(exact(family, out))
+    computed = family.outputs(family.exact(out))
     assert bool(computed.isfinite().all())
     ties = recipe(
         merge_method="ties", base_model="a", models=["b"], parameters={"weight": 1, "density": 1, "normalize": True}
     )
     out = merge(ties, tmp_path / "ties", context(models))
     # One task vector, all of it: the fine-tune, but for the rounding of a + (b - a).
-    expected = family.outputs(exact(family, models["b"]))
-    assert float((family.outputs(exact(family, out)) - expected).abs().max()) < 1e-3
+    expected = family.outputs(family.exact(models["b"]))
+    assert float((family.outputs(family.exact(out)) - expected).abs().max()) < 1e-3
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_passthrough_and_deeper(name: str, pair: Any, recipe: Recipe, tmp_path: Path) -> None:
     family, models = FAMILIES[name], pair(name)
     out = merge(recipe(merge_method="passthrough", models=["a"]), tmp_path / "copy", context(models))
-    expected = family.outputs(exact(family, models["a"]))
-    assert bool((family.outputs(exact(family, out)) == expected).all())
+    expected = family.outputs(family.exact(models["a"]))
+    assert bool((family.outputs(family.exact(out)) == expected).all())
 
     tower, ranges = family.deeper
     slices = [{"sources": [{"model": "a", "layer_range": layers}]} for layers in ranges]
@@ -95,7 +84,7 @@ def test_passthrough_and_deeper(name: str, pair: Any, recipe: Recipe, tmp_path: 
     found = find_tower(towers_of(open_checkpoint(out, Context()).tensors), tower or "default")
     assert found is not None
     assert max(found.stacks.values()) == sum(end - first for first, end in ranges)
-    computed = family.outputs(exact(family, out))
+    computed = family.outputs(family.exact(out))
     assert bool(computed.isfinite().all())
     assert computed.shape == expected.shape
     if tower is None or ("vision" not in tower and "audio" not in tower) or family.inputs == "clip":
