@@ -467,3 +467,21 @@ def test_layers_that_have_no_place_are_refused(recipe: Recipe, tmp_path: Path) -
     )
     with pytest.raises(CheckpointError, match=r"encoder.block.2: would be layer 0 of 'm'.*relative_attention_bias"):
         planned(config, {"m": t5})
+
+
+def test_a_tower_with_two_stacks_cannot_be_sliced(recipe: Recipe, tmp_path: Path) -> None:
+    mllama = FAMILIES["mllama"].build(tmp_path / "mllama", 0)
+    vision = {"vision": {"slices": [{"sources": [{"model": "m", "layer_range": [0, 1]}]}]}}
+    config = recipe(merge_method="passthrough", base_model="m", towers=vision)
+    with pytest.raises(ConfigError, match=r"several stacks.*global_transformer.layers.*slices need one"):
+        planned(config, {"m": mllama})
+
+
+def test_mergekits_bytes_are_not_to_be_had_for_towers(models: Any, recipe: Recipe) -> None:
+    config = recipe(
+        merge_method="linear",
+        base_model="vlm",
+        towers={"language": {"models": [{"model": "text"}], "parameters": {"weight": 1}}},
+    )
+    with pytest.raises(ConfigError, match="mergekit has neither towers nor several methods"):
+        make_plan(config, Context(models=models("llava"), compat="mergekit"))
