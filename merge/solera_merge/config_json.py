@@ -135,9 +135,10 @@ def _set_dense_layers(
     count = next((i for i, alone in enumerate(dense) if not alone), len(dense))
     if any(dense[count:]):
         at = count + dense[count:].index(True)
+        model, layer = origins[at][0]
         problems.checkpoint(
             f"config.json: `{_DENSE}` can only say that the first layers have no experts, and layer {at} of the "
-            f"output (layer {origins[at][0][1]} of {kinds.models.ref(origins[at][0][0])!r}) has none behind layers with experts"
+            f"output (layer {layer} of {kinds.models.ref(model)!r}) has none behind layers with experts"
         )
     inner[_DENSE] = count
     return [_DENSE]

@@ -125,11 +125,12 @@ def _runs(
     base_ref = part.base_model or config.base_model
     if part.models is not None:
         entries: list[Entry] = [(m.model, None, m.parameters) for m in part.models]
-        own = part.base_model is not None or config.towers is None  # else base_model is there for what is copied
+        # What a base_model is there for besides: what `towers` copies, and modules with another method.
+        elsewhere = config.towers is not None or any(other.base != "unused" for other in config.methods)
         if base_ref is not None and not _listed(base_ref, entries, models):
             if method.base != "unused":
                 entries.append((base_ref, None, {}))
-            elif own and config.modules is None:
+            elif part.base_model is not None or not elsewhere:
                 problems.config(
                     f"{where}base_model: {method.name} has no base; list {base_ref!r} under `{where}models` to "
                     "merge it too, or remove it (tokenizer_source chooses a tokenizer)"

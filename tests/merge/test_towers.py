@@ -386,6 +386,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"modules": {"language_model": {"models": [{"model": "other"}]}}},
         "modules: 'multi_modal_projector', 'vision_tower' of 'vlm' would be left out",
     ),
+    "a base that nothing uses": (
+        {
+            "merge_method": "linear",
+            "modules": {
+                name: {"models": [{"model": "other"}]} for name in ("language", "vision", "multi_modal_projector")
+            },
+        },
+        "modules.language.base_model: linear has no base; list 'vlm' under `modules.language.models`",
+    ),
     "slices over several stacks": (
         {"slices": [{"sources": [{"model": "vlm", "layer_range": [0, 2]}]}]},
         "has several stacks of layers ('language_model.model.layers', 'vision_tower.encoder.layers'); slice one of its",
