@@ -104,7 +104,7 @@ def parts_of(config: MergeConfig, models: Models) -> list[Part]:
         runs = _runs(where, wanted, tower, config, models, problems)
         parts.append(Part(tower, wanted.models is not None, tuple(runs)))
     left = [] if config.parts.keys() == {None} else [tower for tower in towers if tower.name not in taken]
-    if left and config.modules is not None and not problems.found:
+    if left and config.modules is not None:
         problems.config(
             f"modules: {some([tower.name for tower in left], len(left))} of {models.ref(models.owner)!r} would be left "
             "out; name every module, or use `towers`, which copies the others from base_model"
