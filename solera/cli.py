@@ -447,31 +447,55 @@ def _short(value: Any) -> str:
 
 @app.command("diff")
 def diff_command(
-    a: Annotated[str, typer.Argument(help="One checkpoint.", show_default=False)],
-    b: Annotated[str, typer.Argument(help="The other.", show_default=False)],
+    models: Annotated[
+        list[str],
+        typer.Argument(help="A and B: how B differs from A. With --base: any number of models.", show_default=False),
+    ],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The common ancestor: how the models' changes of it agree.")
+    ] = None,
+    rank: Annotated[
+        bool,
+        typer.Option("--rank", help="Effective and stable rank of every matrix's change (slow: a minute for 0.3B)."),
+    ] = False,
+    top: Annotated[int, typer.Option("--top", min=0, help="Tensors listed (0: all).")] = 15,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Write a heat map, layer by kind, as .svg or .html.")
+    ] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(help="Sorted by and in the picture: relative_change, changed, rank, cosine or sign_conflict."),
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    threads: Threads = None,
 ) -> None:
-    """How two checkpoints differ, tensor by tensor: relative change, cosine, largest difference."""
-    from solera_core.checkpoint import open_checkpoint
-    from solera_core.diff import diff
+    """How models differ, tensor by tensor: relative change, cosine, sign conflict, effective rank."""
+    from solera.diff_report import check_picture, measure_of, print_diff
+    from solera.diff_report import picture as draw
+    from solera.diffing import compare, refs_of
 
-    ctx = _context(Path(), None, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    refs = refs_of(models, base)
+    shown = measure_of(measure, len(refs) - 1, ranks=rank)
+    if picture is not None:
+        check_picture(picture)
+    ctx = _context(Path(), None, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, threads=threads)
     if dry_run:
         from solera.read_plans import plan_diff
 
-        _show_plan(plan_diff(a, b, ctx), as_json=as_json)
+        _show_plan(plan_diff(refs, ctx), as_json=as_json)
         return
-    rows = diff(open_checkpoint(a, ctx), open_checkpoint(b, ctx))
+    found = compare(refs, ctx, ranks=rank)
+    if picture is not None:
+        draw(found, shown, picture)
+        ctx.progress.note(f"{picture}: written")
     if as_json:
-        print(json.dumps({"a": a, "b": b, "tensors": rows}, indent=2))  # noqa: T201
+        print(json.dumps(found.to_json(), indent=2))  # noqa: T201
     else:
-        from solera.console import print_rows
-
-        print_rows(f"{a} against {b}", rows)
+        print_diff(found, top=top, measure=shown)
 
 
 @app.command("verify")

@@ -174,7 +174,7 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+    return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
 
 
 def print_run_plan(planned: Sequence[Any], total: Mapping[str, int], out: Any) -> None:
