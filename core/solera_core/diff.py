@@ -502,7 +502,7 @@ def _same_values(
     dtype = a.tensors[name].dtype
     if dtype != b.tensors[name].dtype or not np.array_equal(x.view(np.uint32), y.view(np.uint32)):
         return False
-    if dtype != "F64" or a.is_overlaid(name) or b.is_overlaid(name):
+    if dtype != "F64" or a.is_derived(name) or b.is_derived(name):
         return True
     return np.array_equal(a.read_raw(name, at, end), b.read_raw(name, at, end))  # float32 could hide a difference
 
@@ -512,7 +512,7 @@ def _same_bytes(a: Checkpoint, b: Checkpoint, name: str) -> bool:
     left, right = a.tensors.get(name), b.tensors.get(name)
     if left is None or right is None or (left.shape, left.dtype) != (right.shape, right.dtype):
         return False
-    if a.is_overlaid(name) or b.is_overlaid(name):
+    if a.is_derived(name) or b.is_derived(name):
         return False
     return all(
         np.array_equal(a.read_raw(name, at, end), b.read_raw(name, at, end))
