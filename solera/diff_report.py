@@ -67,7 +67,7 @@ MEASURES: Final[Mapping[str, Measure]] = {
         "sign conflict, %",
         "sign_conflict",
         True,
-        "Of the elements that both models change, the share that they move in opposite directions: 50 for unrelated changes.",
+        "Of the elements that both models change, the share moved in opposite directions: 50 is chance.",
         _percent,
     ),
     "cosine": Measure(

@@ -198,11 +198,15 @@ class _Sheet:
 
     def _stack(self, panel: Panel, stack: str, numbers: Sequence[int], kinds: Sequence[str]) -> None:
         names = _short(kinds)
-        left = 48.0
+        left = 48.0 if self.width > 600 else 34.0
         overhang = 0.77 * text_width(names[-1], 11.5) if names else 0.0
-        room = self.width - left - 16 - min(overhang, 90)
+        room = self.width - left - 16 - min(overhang, self.width / 6)
         cell = min(max(room / max(len(kinds), 1), 12.0), 76.0)
         height = 22.0 if len(numbers) <= 48 else 15.0
+        known = [v for place, v in panel.values.items() if place.stack == stack and v is not None]
+        longest = max((self.format_value(v) for v in known), key=len, default="")
+        sizes = [size for size in (11.0, 10.0, 9.0) if text_width(longest, size) <= cell - 2 and size <= height - 6]
+        size = sizes[0] if sizes else None  # all numbers, or none
         self.text(16, f"{stack} (a row a layer)", size=12, fill=MUTED, advance=20)
         self.y += _STEEP * max(text_width(name, 11.5) for name in names) + 8
         for i, name in enumerate(names):
@@ -223,7 +227,7 @@ class _Sheet:
             self.parts.append(label(left - 8, self.y + height / 2 + 4, str(number), size=11, anchor="end", fill=MUTED))
             for i, kind in enumerate(kinds):
                 place = Place(stack, number, kind)
-                self._cell(left + cell * i, cell, height, panel.values.get(place), f"{stack}.{number}.{kind}")
+                self._cell(left + cell * i, cell, height, size, panel.values.get(place), f"{stack}.{number}.{kind}")
             self.y += height
         self.right = max(self.right, left + cell * len(kinds))
         self.y += 18
@@ -238,13 +242,13 @@ class _Sheet:
             if x > 48 and x + taken > self.width - 16:
                 x = 48.0
                 self.y += height + 6
-            self._cell(x, width, height, panel.values.get(Place("", None, kind)), kind)
+            self._cell(x, width, height, 11.0, panel.values.get(Place("", None, kind)), kind)
             self.parts.append(label(x + width + 8, self.y + 15, name, size=11.5))
             self.right = max(self.right, x + taken)
             x += taken + 22
         self.y += height + 18
 
-    def _cell(self, x: float, width: float, height: float, value: float | None, name: str) -> None:
+    def _cell(self, x: float, width: float, height: float, size: float | None, value: float | None, name: str) -> None:
         if value is None:
             tip = element("title", html.escape(f"{name}: none"))
             self.parts.append(
@@ -257,8 +261,7 @@ class _Sheet:
         self.parts.append(
             element("rect", tip, x=x + 0.5, y=self.y + 0.5, width=width - 1, height=height - 1, fill=fill)
         )
-        size = 11.0 if width >= 44 else 9.5
-        if height >= 18 and text_width(text, size) <= width - 3:
+        if size is not None:
             number = label(x + width / 2, self.y + height / 2 + 4, text, size=size, anchor="middle", fill=ink)
             self.parts.append(number.replace("<text", '<text pointer-events="none"', 1))
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from solera.licences import LICENCES, Licence, check_licence_id, family, read_front_matter, read_licence, settle
+from solera.licences import check_licence_id, settle
 from solera_core.errors import ConfigError, InputError
+from solera_core.licence import LICENCES, Licence, family, read_front_matter, read_licence
 
 
 def parents(*ids: str | None) -> list[Licence]:
