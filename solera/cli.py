@@ -104,10 +104,14 @@ def _stage(
     kind: str, config: Path, out: Path, *, dry_run: bool, as_json: bool, seed: int | None, quiet: bool, **options: Any
 ) -> None:
     """Plan or run one stage; `options` are fields of the context."""
-    from solera.stages import plan_stage, read_stage, run_stage
+    from solera.stages import all_problems, plan_stage, read_stage, run_stage
+    from solera_core.errors import ConfigError
     from solera_core.staging import check_apart, check_target
 
-    parsed, base_dir = read_stage(kind, config)
+    try:
+        parsed, base_dir = read_stage(kind, config)
+    except ConfigError as e:
+        raise all_problems(kind, config, e, _context(Path(), seed, quiet, **options)) from e
     ctx = _context(base_dir, seed, quiet, **options)
     check_target(out, overwrite=ctx.overwrite)
     if dry_run:

@@ -14,7 +14,7 @@ from solera_merge.config import MergeConfig
 from solera_merge.problems import Problems
 from solera_merge.vocabulary import conflicting_ids
 
-__all__ = ["Models", "compare", "open_models"]
+__all__ = ["Models", "compare", "family_of", "open_models"]
 
 # Keys that change what a weight means although its shape stays the same.
 _STRUCTURAL = (
@@ -68,15 +68,12 @@ class Models:
         return self.checkpoints[model].ref
 
 
-def open_models(config: MergeConfig, ctx: Context) -> Models:
+def open_models(config: MergeConfig, ctx: Context, problems: Problems) -> Models:
     """Open every model that the recipe names; two references to one directory are one model.
 
-    The weights of models on the hub stay there until `Checkpoint.fetch`.
-
-    Raises:
-        InputError: one line for every model that cannot be opened or is quantised.
+    The weights of models on the hub stay there until `Checkpoint.fetch`. A model that cannot be opened or is quantised
+    is noted as a problem and left out.
     """
-    problems = Problems()
     checkpoints: list[Checkpoint] = []
     index: dict[str, int] = {}
     known: dict[tuple[Path, str | None], int] = {}
@@ -93,8 +90,7 @@ def open_models(config: MergeConfig, ctx: Context) -> Models:
             known[identity] = len(checkpoints)
             checkpoints.append(checkpoint)
         index[ref] = known[identity]
-    problems.raise_any()
-    return Models(tuple(checkpoints), index, index[config.base_model] if config.base_model is not None else 0)
+    return Models(tuple(checkpoints), index, index.get(config.base_model or "", 0))
 
 
 def compare(models: Models, *, whole: bool, same_tokenizer: bool) -> list[str]:
@@ -109,13 +105,13 @@ def compare(models: Models, *, whole: bool, same_tokenizer: bool) -> list[str]:
         CheckpointError: different architectures, heads, activation, tie flags, layer counts or vocabularies.
     """
     problems, warnings = Problems(), list[str]()
-    first = models.checkpoints[models.owner]
     for other in models.checkpoints:
+        first = models.checkpoints[models.owner]
         if other is first:
             continue
         a, b = first.config, other.config
         where = f"{_config_file(first)} and {_config_file(other)}"
-        if (families := (_family(a), _family(b)))[0] != families[1]:
+        if (families := (family_of(a), family_of(b)))[0] != families[1]:
             problems.checkpoint(
                 f"{where}: different architectures: {families[0]} and {families[1]}; only models of one architecture "
                 "can be merged"
@@ -172,7 +168,8 @@ def _config_file(checkpoint: Checkpoint) -> Path:
     return checkpoint.path / "config.json"
 
 
-def _family(config: dict[str, Any]) -> str:
+def family_of(config: dict[str, Any]) -> str:
+    """Class and model type, as config.json names them."""
     architectures = config.get("architectures") or [None]
     return f"{architectures[0]} ({config.get('model_type')})"
 

@@ -54,14 +54,12 @@ class Run:
 Entry: TypeAlias = tuple[str, tuple[int, int] | None, Mapping[str, Any]]  # reference, layer range, parameters
 
 
-def runs_of(config: MergeConfig, models: Models) -> list[Run]:
+def runs_of(config: MergeConfig, models: Models, problems: Problems) -> list[Run]:
     """The runs of a recipe, the base added as a source where the method needs it.
 
-    Raises:
-        ConfigError: one line for every run with a wrong number of models, the same model twice, no base where one is
-            needed, parameters on the base, unequal or impossible layer ranges.
+    Problems are noted: a wrong number of models, the same model twice, no base where one is needed, parameters on the
+    base, unequal or impossible layer ranges.
     """
-    problems = Problems()
     runs: list[Run] = []
     if config.models is not None:
         entries: list[Entry] = [(m.model, None, m.parameters) for m in config.models]
@@ -83,7 +81,6 @@ def runs_of(config: MergeConfig, models: Models) -> list[Run]:
             problems.config(f"{where}: {' and '.join(map(str, lengths))} layers; all sources must have equally many")
         base = output.base_model if output.base_model is not None else config.base_model
         runs.append(_run(where, entries, base, output.parameters, lengths[0], config.method, models, problems))
-    problems.raise_any()
     return runs
 
 

@@ -76,22 +76,23 @@ class _Expansion:
             )
 
 
-def find_targets(runs: Sequence[Run], models: Models, *, whole: bool) -> tuple[list[Target], list[str]]:
+def find_targets(
+    runs: Sequence[Run], models: Models, problems: Problems, *, whole: bool
+) -> tuple[list[Target], list[str]]:
     """Every output tensor in the order of the output, and warnings.
+
+    Tensors that some models of a run have and others lack are noted as problems, all of them, and left out.
 
     Args:
         runs: of the recipe.
         models: as opened.
+        problems: where they are noted.
         whole: the one run spans all tensors of every model; else layers are numbered anew, tensors before the layers
             come from the first run and those behind them from the last.
-
-    Raises:
-        CheckpointError: tensors that some models of a run have and others lack; all are listed.
     """
-    expansion = _Expansion(models, Problems())
+    expansion = _Expansion(models, problems)
     targets = list(_whole(runs[0], expansion) if whole else _stacked(runs, expansion))
     expansion.note_missing()
-    expansion.problems.raise_any()
     warnings = []
     if expansion.derived:
         names = list(dict.fromkeys(expansion.derived))
