@@ -502,6 +502,52 @@ def diff_command(
         print_diff(found, top=top, measure=shown)
 
 
+@app.command("plan")
+def plan_command(
+    what: Annotated[
+        list[str], typer.Argument(help="A recipe or merge config; or models that might be merged.", show_default=False)
+    ],
+    base: Annotated[str | None, typer.Option("--base", help="The common ancestor of the models.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only what would be read to answer.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    threads: Threads = None,
+) -> None:
+    """What a recipe would do; or what could be done with some models: do they fit, what to try, recipes to paste."""
+    from solera.plan_command import is_settings, kind_of_settings, plan_models, plan_settings, print_advice
+
+    ctx = _context(Path(), None, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, threads=threads)
+    if not is_settings(what):
+        if dry_run:
+            from solera.read_plans import plan_diff
+
+            _show_plan(plan_diff([*([base] if base is not None else []), *what], ctx), as_json=as_json)
+            return
+        advice = plan_models(what, base, ctx)
+        if as_json:
+            print(json.dumps(advice.to_json(), indent=2))  # noqa: T201
+        else:
+            print_advice(advice)
+        return
+    file = Path(what[0])
+    kind = kind_of_settings(file)
+    if kind == "recipe":
+        run_command(file, dry_run=True, as_json=as_json, quiet=quiet, trust_remote_code=trust_remote_code)
+        return
+    plan, models, notes = plan_settings(kind, file, ctx)
+    if as_json:
+        print(json.dumps({**plan.to_json(), "models": models, "advice": notes}, indent=2))  # noqa: T201
+        return
+    from solera.console import print_models
+
+    print_models(models)
+    _show_plan(plan, as_json=False)
+    for note in notes:
+        print(f"advice: {note}")  # noqa: T201
+
+
 @app.command("verify")
 def verify_command(
     directory: Annotated[Path, typer.Argument(help="A checkpoint written by solera.", show_default=False)],

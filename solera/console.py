@@ -13,7 +13,16 @@ from typing import Any
 from solera_core.plan import Plan
 from solera_core.progress import Progress, Silent, Task
 
-__all__ = ["Lines", "make_progress", "print_plan", "print_rows", "print_run_plan", "readable_bytes", "stdout_console"]
+__all__ = [
+    "Lines",
+    "make_progress",
+    "print_models",
+    "print_plan",
+    "print_rows",
+    "print_run_plan",
+    "readable_bytes",
+    "stdout_console",
+]
 
 _PLAIN_EVERY_S = 5.0
 _LOG_WIDTH = 140
@@ -171,6 +180,11 @@ def _table(console: Any, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table on stdout."""
     _table(stdout_console(), title, [_rounded(r) for r in rows])
+
+
+def print_models(rows: Sequence[Mapping[str, Any]]) -> None:
+    """What models are: sizes readable."""
+    _table(stdout_console(), "models", [{**_readable(r), "parameters": f"{r['parameters']:,}"} for r in rows])
 
 
 def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:

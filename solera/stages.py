@@ -27,16 +27,6 @@ __all__ = [
     "run_stage",
     "stage_config",
 ]
-    "KINDS",
-    "References",
-    "Stage",
-    "all_problems",
-    "parse_stage",
-    "plan_stage",
-    "read_stage",
-    "run_stage",
-    "stage_config",
-]
 
 KINDS = ("init", "tune", "merge", "moe", "distill", "eval", "publish")
 
