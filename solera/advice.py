@@ -295,8 +295,8 @@ def _recipes(models: Sequence[Checkpoint], base: Checkpoint | None, found: Diff 
         recipes.append(
             Recipe(
                 "ties",
-                f"{measured}ties elects one sign for each element; these are its authors' values (arXiv 2306.01708). No reliable gain in 2511.21437: "
-                "keep it only if it beats task_arithmetic on your own evaluation",
+                f"{measured}ties elects one sign for each element; these are its authors' values (arXiv 2306.01708). "
+                "No reliable gain in 2511.21437: keep it only if it beats task_arithmetic on your own evaluation",
                 _yaml("ties", models, base, {"weight": "1", "density": "0.2"}, {"lambda": "1"}),
             )
         )
