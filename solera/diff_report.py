@@ -138,7 +138,7 @@ def _panels(found: Diff, measure: Measure, names: Sequence[str]) -> list[Panel]:
     if not measure.pairs:
         totals = found.totals(place_of)
         return [
-            Panel(name, {place: row[measure.key] for (place, m), row in totals.items() if m == i})  # type: ignore[misc]
+            Panel(name if len(names) > 1 else "", {place: row[measure.key] for (place, m), row in totals.items() if m == i})  # type: ignore[misc]
             for i, name in enumerate(names)
         ]
     pairs = list(combinations(range(len(names)), 2))
@@ -147,7 +147,7 @@ def _panels(found: Diff, measure: Measure, names: Sequence[str]) -> list[Panel]:
         assert isinstance(place, Place)
         grids[i, j][place] = row[measure.key]
     if len(pairs) <= _PANELS:
-        return [Panel(f"{names[i]} and {names[j]}", grid) for (i, j), grid in grids.items()]
+        return [Panel(f"{names[i]} and {names[j]}" if len(pairs) > 1 else "", grid) for (i, j), grid in grids.items()]
     places = list(dict.fromkeys(place for grid in grids.values() for place in grid))
     return [Panel(f"mean over {len(pairs)} pairs", {p: _mean([g.get(p) for g in grids.values()]) for p in places})]
 

@@ -40,7 +40,7 @@ class Panel:
     """One grid.
 
     Attributes:
-        title: over it.
+        title: over it; may be empty.
         values: by place; None or absent: there is nothing to show.
     """
 
@@ -94,7 +94,7 @@ def heat_map(
         sheet.text(16, line, size=12.5, fill=MUTED, advance=18)
     sheet.legend(measure)
     for panel in panels:
-        sheet.panel(panel, titled=len(panels) > 1)
+        sheet.panel(panel)
     return sheet.drawing(title, css_class)
 
 
@@ -187,9 +187,9 @@ class _Sheet:
         self.right = max(self.right, 16 + bar)
         self.y += 38
 
-    def panel(self, panel: Panel, *, titled: bool) -> None:
+    def panel(self, panel: Panel) -> None:
         self.y += 8
-        if titled:
+        if panel.title:
             self.text(16, shorten(panel.title, max(int(self.width / 8.5), 20)), size=14, bold=True, advance=22)
         for stack, numbers, kinds in panel.layers:
             self._stack(panel, stack, numbers, kinds)
