@@ -136,20 +136,18 @@ def picture(found: Diff, measure: Measure, file: Path) -> None:
 
 def _panels(found: Diff, measure: Measure, names: Sequence[str]) -> list[Panel]:
     if not measure.pairs:
-        totals = found.totals(place_of)
-        return [
-            Panel(name if len(names) > 1 else "", {place: row[measure.key] for (place, m), row in totals.items() if m == i})  # type: ignore[misc]
-            for i, name in enumerate(names)
-        ]
+        grids = [dict[Place, float | None]() for _ in names]
+        for (place, i), row in found.totals(place_of).items():
+            grids[i][place] = row[measure.key]
+        return [Panel(name if len(names) > 1 else "", grid) for name, grid in zip(names, grids, strict=True)]
     pairs = list(combinations(range(len(names)), 2))
-    grids: dict[tuple[int, int], dict[Place, float | None]] = {pair: {} for pair in pairs}
+    by_pair = {pair: dict[Place, float | None]() for pair in pairs}
     for (place, i, j), row in found.pair_totals(place_of).items():
-        assert isinstance(place, Place)
-        grids[i, j][place] = row[measure.key]
+        by_pair[i, j][place] = row[measure.key]
     if len(pairs) <= _PANELS:
-        return [Panel(f"{names[i]} and {names[j]}" if len(pairs) > 1 else "", grid) for (i, j), grid in grids.items()]
-    places = list(dict.fromkeys(place for grid in grids.values() for place in grid))
-    return [Panel(f"mean over {len(pairs)} pairs", {p: _mean([g.get(p) for g in grids.values()]) for p in places})]
+        return [Panel(f"{names[i]} and {names[j]}" if len(pairs) > 1 else "", grid) for (i, j), grid in by_pair.items()]
+    places = list(dict.fromkeys(place for grid in by_pair.values() for place in grid))
+    return [Panel(f"mean over {len(pairs)} pairs", {p: _mean([g.get(p) for g in by_pair.values()]) for p in places})]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -185,21 +183,10 @@ def print_diff(found: Diff, *, top: int, measure: Measure) -> None:
     print_rows("kinds of tensors", _kinds(found, names))
     if measure.pairs:
         rows = [row for row in found.pair_rows() if row[measure.key] is not None]
-        keys = ("name", "a", "b", "cosine", "sign_conflict", "sign_conflict_mass")
+        keys = ["name", "a", "b", "cosine", "sign_conflict", "sign_conflict_mass"]
     else:
         rows = [row for row in found.rows() if row[measure.key] is not None]
-        keys = (
-            "name",
-            "model",
-            "shape",
-            "relative_change",
-            "cosine",
-            "changed",
-            "max_abs",
-            "effective_rank",
-            "stable_rank",
-            "note",
-        )
+        keys = [k for k in (rows[0] if rows else ()) if k not in ("layer", "kind", "elements", "identical")]
     rows.sort(key=lambda row: -row[measure.key])
     short = dict(zip(found.models, names, strict=True))
     shown = [

@@ -136,7 +136,7 @@ class _Scale:
 
     def value(self, share: float) -> float:
         if self.logarithmic:
-            return self.low * (self.high / self.low) ** share
+            return self.low * math.pow(self.high / self.low, share)
         return self.low + share * (self.high - self.low)
 
 

@@ -18,11 +18,11 @@ Two unrelated changes have a cosine near 0 and a sign conflict near one half.
 
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,7 @@ from solera_core.spectrum import effective_rank, singular_values, stable_rank
 __all__ = ["Change", "Diff", "Pair", "Ranks", "TensorDiff", "diff", "is_matrix", "kind_of", "layer_label", "whole"]
 
 Float64 = npt.NDArray[np.float64]
+Group = TypeVar("Group")
 
 _BLOCK: Final = 1 << 16  # elements: the float64 arrays of a block stay in the second-level cache
 _PIECE: Final = 1 << 24  # elements that one thread takes at a time
@@ -209,13 +210,13 @@ class Diff:
             for (name, i, j), pair in self.pairs.items()
         ]
 
-    def totals(self, group: Callable[[str], Hashable]) -> dict[tuple[Hashable, int], dict[str, Any]]:
+    def totals(self, group: Callable[[str], Group]) -> dict[tuple[Group, int], dict[str, Any]]:
         """The figures over all tensors of a group, by group and position of the model.
 
         Ranks are means over the group's matrices.
         """
-        sums: dict[tuple[Hashable, int], Change] = {}
-        ranks: dict[tuple[Hashable, int], list[Ranks]] = {}
+        sums: dict[tuple[Group, int], Change] = {}
+        ranks: dict[tuple[Group, int], list[Ranks]] = {}
         for tensor in self.tensors:
             if tensor.change is None or not tensor.change.finite:
                 continue
@@ -226,9 +227,9 @@ class Diff:
                 ranks.setdefault(place, []).append(tensor.ranks)
         return {place: change.figures() | _mean_ranks(ranks.get(place, [])) for place, change in sums.items()}
 
-    def pair_totals(self, group: Callable[[str], Hashable]) -> dict[tuple[Hashable, int, int], dict[str, Any]]:
+    def pair_totals(self, group: Callable[[str], Group]) -> dict[tuple[Group, int, int], dict[str, Any]]:
         """The figures of every two models over all tensors of a group, by group and positions."""
-        sums: dict[tuple[Hashable, int, int], Pair] = {}
+        sums: dict[tuple[Group, int, int], Pair] = {}
         for (name, i, j), pair in self.pairs.items():
             if math.isfinite(pair.square_a + pair.square_b):
                 total = sums.setdefault((group(name), i, j), Pair())
@@ -238,10 +239,10 @@ class Diff:
     def to_json(self) -> dict[str, Any]:
         """Everything, JSON-serialisable."""
 
-        def labelled(totals: dict[tuple[Hashable, int], dict[str, Any]], key: str) -> list[dict[str, Any]]:
+        def labelled(totals: dict[tuple[str, int], dict[str, Any]], key: str) -> list[dict[str, Any]]:
             return [{key: group, "model": self.models[i], **row} for (group, i), row in totals.items()]
 
-        def paired(totals: dict[tuple[Hashable, int, int], dict[str, Any]], key: str) -> list[dict[str, Any]]:
+        def paired(totals: dict[tuple[str, int, int], dict[str, Any]], key: str) -> list[dict[str, Any]]:
             return [
                 {key: group, "a": self.models[i], "b": self.models[j], **row} for (group, i, j), row in totals.items()
             ]

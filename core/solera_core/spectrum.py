@@ -39,7 +39,7 @@ def singular_values(rows: Callable[[int, int], Float64], shape: tuple[int, int])
             gram[start:stop, start:stop] = block @ block.T
             for first, last in cuts[i + 1 :]:
                 gram[first:last, start:stop] = rows(first, last) @ block.T  # eigvalsh reads the lower triangle only
-    squares: Float64 = np.linalg.eigvalsh(gram)[::-1]
+    squares = np.linalg.eigvalsh(gram)[::-1].astype(np.float64)
     return np.sqrt(np.maximum(squares, 0.0))
 
 

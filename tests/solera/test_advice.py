@@ -39,13 +39,14 @@ def advice(ctx: Context, *refs: str, base: str | None = None) -> Advice:
 
 
 def test_every_recipe_can_be_run(family: Context) -> None:
-    for found in (advice(family, "a", "b", base="base"), advice(family, "a", "b"), advice(family, "a", base="base")):
-        assert found.recipes
-        for recipe in found.recipes:
-            config = parse(MergeConfig, yaml.safe_load(recipe.yaml), where=recipe.title)
-            assert config.merge_method == recipe.title
-            plan_merge(config, family)
-    out = merge(config, family.base_dir / "out", family)
+    sets = (advice(family, "a", "b", base="base"), advice(family, "a", "b"), advice(family, "a", base="base"))
+    recipes = [recipe for found in sets for recipe in found.recipes]
+    assert [recipe.title for recipe in recipes] == ["task_arithmetic", "ties", "linear", "slerp", "task_arithmetic"]
+    configs = [parse(MergeConfig, yaml.safe_load(recipe.yaml), where=recipe.title) for recipe in recipes]
+    for recipe, config in zip(recipes, configs, strict=True):
+        assert config.merge_method == recipe.title
+        plan_merge(config, family)
+    out = merge(configs[0], family.base_dir / "out", family)
     assert (out / "solera.json").exists()
 
 

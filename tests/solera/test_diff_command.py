@@ -3,6 +3,7 @@
 import json
 import shutil
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from solera.cli import main
 from solera.diff_report import MEASURES
 
 Siblings = dict[str, Path]
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], siblings: Siblings, monkeypatch: pytest.MonkeyPatch):
+def run(capsys: pytest.CaptureFixture[str], siblings: Siblings, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`run(...)` -> (code, stdout, stderr), standing in the folder of the siblings."""
     monkeypatch.chdir(siblings["base"].parent)
 
@@ -26,7 +28,7 @@ def run(capsys: pytest.CaptureFixture[str], siblings: Siblings, monkeypatch: pyt
     return call
 
 
-def test_two_models(run) -> None:
+def test_two_models(run: Run) -> None:
     code, out, _ = run("base", "a", "--top", "3", "--rank")
     assert code == 0
     assert "kinds of tensors" in out
@@ -36,7 +38,7 @@ def test_two_models(run) -> None:
     assert "sign" not in out.replace("--measure", "")
 
 
-def test_several_models_and_their_base(run) -> None:
+def test_several_models_and_their_base(run: Run) -> None:
     code, out, _ = run("--base", "base", "a", "b", "c", "--json")
     found = json.loads(out)
     assert code == 0
@@ -52,7 +54,7 @@ def test_several_models_and_their_base(run) -> None:
 
 @pytest.mark.parametrize("measure", sorted(MEASURES))
 @pytest.mark.parametrize("ending", ["svg", "html"])
-def test_pictures(run, tmp_path: Path, measure: str, ending: str) -> None:
+def test_pictures(run: Run, tmp_path: Path, measure: str, ending: str) -> None:
     file = tmp_path / f"map.{ending}"
     rank = ["--rank"] if measure == "rank" else []
     code, _, err = run("--base", "base", "a", "b", "--picture", file, "--measure", measure, *rank)
@@ -65,7 +67,7 @@ def test_pictures(run, tmp_path: Path, measure: str, ending: str) -> None:
         ET.fromstring(text)
 
 
-def test_many_pairs_are_one_panel(run, siblings: Siblings, tmp_path: Path) -> None:
+def test_many_pairs_are_one_panel(run: Run, siblings: Siblings, tmp_path: Path) -> None:
     for name in ("d", "e"):
         shutil.copytree(siblings["a"], tmp_path / name)
     models = [*(siblings[n] for n in "abc"), tmp_path / "d", tmp_path / "e"]
@@ -88,13 +90,13 @@ def test_many_pairs_are_one_panel(run, siblings: Siblings, tmp_path: Path) -> No
         (["none", "a", "--base", "nowhere"], "model 'none' not found"),
     ],
 )
-def test_bad_input(run, arguments: list[str], words: str) -> None:
+def test_bad_input(run: Run, arguments: list[str], words: str) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (3, "")
     assert words in err
 
 
-def test_models_with_nothing_in_common(run, tmp_path: Path) -> None:
+def test_models_with_nothing_in_common(run: Run, tmp_path: Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -105,7 +107,7 @@ def test_models_with_nothing_in_common(run, tmp_path: Path) -> None:
     assert "have no tensor in common" in err
 
 
-def test_what_would_be_read(run) -> None:
+def test_what_would_be_read(run: Run) -> None:
     code, out, _ = run("--base", "base", "a", "b", "--dry-run", "--json")
     plan = json.loads(out)
     assert code == 0
