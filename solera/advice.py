@@ -78,20 +78,24 @@ class Advice:
         return asdict(self)
 
 
-def advise(models: Sequence[Checkpoint], base: Checkpoint | None, ctx: Context) -> Advice:
+def advise(
+    models: Sequence[Checkpoint], base: Checkpoint | None, ctx: Context, *, base_from: str = "named by --base"
+) -> Advice:
     """What to know about models that might be merged.
 
     Args:
         models: at least two, without the base; one with it.
-        base: as the user named it; None: it is looked for.
+        base: where it is known; None: it is looked for.
         ctx: for the planner.
+        base_from: how it is known.
     """
     everyone = [*models, *([base] if base is not None else [])]
     here = [model for model in everyone if not model.missing_bytes]
     findings = concerns([read_licence(m.ref, d) for m in everyone for d in m.directories])
     if away := [model.ref for model in everyone if model.missing_bytes]:
         findings.append(f"not measured, for the weights are on the hub: {', '.join(away)}; `solera diff` fetches them")
-    base, base_from = _base(models, base, here, ctx)
+    if base is None:
+        base, base_from = _base(models, here, ctx)
     others = [model for model in models if model is not base]
     problems = _problems(others, base, ctx)
     found = _measure(others, base, here, ctx) if not problems else None
@@ -160,12 +164,8 @@ def _tokenizer(first: Checkpoint, model: Checkpoint, facts: Mapping[str, Any]) -
     return f"{conflict.count} of {conflict.common} ids differ" if conflict.count else "same ids"
 
 
-def _base(
-    models: Sequence[Checkpoint], given: Checkpoint | None, here: Sequence[Checkpoint], ctx: Context
-) -> tuple[Checkpoint | None, str]:
-    """The base and how it is known."""
-    if given is not None:
-        return given, "named by --base"
+def _base(models: Sequence[Checkpoint], here: Sequence[Checkpoint], ctx: Context) -> tuple[Checkpoint | None, str]:
+    """The base among the models, and how it is known or could be."""
     stated = {
         str(ref) for model in models for ref in _as_list(read_front_matter(model.path / "README.md").get("base_model"))
     }
@@ -246,7 +246,7 @@ def _relation(found: Diff, *, has_base: bool) -> tuple[list[str], bool]:
             lines.append(f"{found.base} and {ref} share an ancestor: the cosine of their weights is {cosine:.4f}")
     totals = found.totals(whole)
     for i, ref in enumerate(found.models) if has_base else ():
-        changed = totals[whole(""), i]["changed"]
+        changed = totals.get((whole(""), i), {}).get("changed")
         if changed is not None and 0 < changed < _SPARSE:
             lines.append(
                 f"{ref} changes only {100 * changed:.0f} % of the elements, as reinforcement learning does; averages "

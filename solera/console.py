@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from solera.plan_rows import by_layers
 from solera_core.plan import Plan
 from solera_core.progress import Progress, Silent, Task
 
@@ -148,13 +149,14 @@ def print_plan(plan: Plan, *, max_rows: int = 40) -> None:
     _table(console, "writes", [_readable(w) for w in plan.writes])
     console.print(f"memory: about {readable_bytes(plan.memory_bytes)}; disk: {readable_bytes(plan.disk_bytes)}")
     _table(console, "parameters", [{"key": k, "value": _flow(v)} for k, v in plan.parameters.items()])
-    constant = _constant(plan.rows)
+    joined = by_layers(plan.rows) if plan.rows and "tensor" in plan.rows[0] else list(plan.rows)
+    constant = _constant(joined)
     if constant:
         console.print("for all rows: " + "; ".join(f"{k} {v}" for k, v in constant.items() if v != ""), markup=False)
-    rows = [{k: v for k, v in row.items() if k not in constant} for row in plan.rows[:max_rows]]
+    rows = [{k: v for k, v in row.items() if k not in constant} for row in joined[:max_rows]]
     _table(console, "details", rows, whole=("tensor",))
-    if len(plan.rows) > max_rows:
-        console.print(f"... and {len(plan.rows) - max_rows} more rows (all of them with --json)")
+    if len(joined) > max_rows:
+        console.print(f"... and {len(joined) - max_rows} more rows (all of them with --json)")
     for warning in plan.warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}", markup=True)
 

@@ -10,6 +10,7 @@ from solera.diffing import open_all
 from solera.stages import KINDS, all_problems, plan_stage, read_stage
 from solera_core.context import Context
 from solera_core.errors import ConfigError
+from solera_core.hub import split_adapter
 from solera_core.plan import Plan
 from solera_core.strict import load_yaml
 from solera_merge.config import MergeConfig
@@ -68,10 +69,14 @@ def plan_models(refs: Sequence[str], base: str | None, ctx: Context) -> Advice:
     """
     if len(refs) < 2 and base is None:
         raise ConfigError(f"plan: {refs[0]!r} is no file; give a recipe, or at least two models (or one and --base)")
+    base_from = "named by --base"
+    if base is None:
+        under = {parts[0] if (parts := split_adapter(ref, ctx)) is not None else None for ref in refs}
+        base, base_from = (next(iter(under)), "what the adapters lie on") if len(under) == 1 else (None, "")
     opened = open_all(list(dict.fromkeys([*refs, *([base] if base is not None else [])])), ctx)
     by_ref = {model.ref: model for model in opened}
     known = by_ref[base] if base is not None else None
-    return advise([by_ref[ref] for ref in dict.fromkeys(refs) if ref != base], known, ctx)
+    return advise([by_ref[ref] for ref in dict.fromkeys(refs) if ref != base], known, ctx, base_from=base_from)
 
 
 def print_advice(advice: Advice) -> None:

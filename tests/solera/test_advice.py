@@ -151,7 +151,7 @@ def test_of_settings(family: Context, capsys: pytest.CaptureFixture[str], monkey
     code, out, err = run(capsys, "ties.yml")
     assert code == 0, err
     assert "for all rows: " in out
-    assert "model.layers.1.self_attn.q_proj.weight" in out  # never cut
+    assert "model.layers.0-1.self_attn.q_proj.weight" in out  # never cut
     assert "advice: compare ties with task_arithmetic" in out
     shown = json.loads(run(capsys, "ties.yml", "--json")[1])
     assert (shown["stage"], shown["models"][0]["model"]) == ("merge", "a")
@@ -167,3 +167,44 @@ def test_of_settings(family: Context, capsys: pytest.CaptureFixture[str], monkey
     assert code == 3
     assert "densty: unknown key" in err
     assert "model 'none' not found" in err
+
+
+def test_adapters_lie_on_their_base(family: Context) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    name, random = "base_model.model.model.layers.0.self_attn.q_proj", torch.Generator().manual_seed(0)
+    for adapter in ("one", "two"):
+        directory = family.base_dir / adapter
+        directory.mkdir()
+        factors = {
+            f"{name}.lora_A.weight": torch.randn(2, 32, generator=random),
+            f"{name}.lora_B.weight": torch.randn(32, 2, generator=random) * 0.01,
+        }
+        save_file(factors, directory / "adapter_model.safetensors")
+        settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+        (directory / "adapter_config.json").write_text(json.dumps(settings))
+    found = advice(family, "base+one", "base+two")
+    assert (found.base, found.base_from) == ("base", "what the adapters lie on")
+    assert [row["model"] for row in found.measured] == ["base+one", "base+two"]
+    assert found.recipes[0].title == "task_arithmetic"
+
+
+def test_models_on_the_hub_are_not_downloaded_for_advice(siblings: Siblings, tmp_path: Path) -> None:
+    from tests import loopback_hub
+
+    for name in ("a", "b"):
+        shutil.copytree(siblings[name], tmp_path / "served" / name)
+    (tmp_path / "served" / "a" / "README.md").write_text("---\nlicense: mit\nbase_model: me/base\n---\n")
+    code = """
+from solera.plan_command import plan_models
+from solera_core.context import Context
+answer |= plan_models(["me/a", "me/b"], None, Context()).to_json()
+"""
+    with loopback_hub.serve(tmp_path / "served") as hub:
+        answer = loopback_hub.ask(code, hub.endpoint, tmp_path)
+        assert all(asked.first is not None and asked.served < 5000 for asked in hub.weights())
+    assert [row["licence"] for row in answer["models"]] == ["mit", "unknown"]
+    assert "the cards name me/base: pass it as --base" in answer["base_from"]
+    assert any("weights are on the hub: me/a, me/b" in line for line in answer["findings"])
+    assert (answer["measured"], [recipe["title"] for recipe in answer["recipes"]]) == ([], ["linear", "slerp"])
