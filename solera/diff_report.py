@@ -38,11 +38,12 @@ class Measure:
 
 
 def _plain(value: float) -> str:
-    """Two digits, or all before the point: `0.063`, `1.2`, `887`."""
+    """At most four characters and a sign: `0.06`, `0.63`, `1.2`, `887`, `4e-3`."""
     if value == 0:
         return "0"
-    places = max(1 - math.floor(math.log10(abs(value))), 0)
-    return f"{value:.{places}f}" if places < 5 else f"{value:.0e}".replace("e-0", "e-")
+    if abs(value) < 0.0095:
+        return f"{value:.0e}".replace("e-0", "e-")
+    return f"{value:.{min(max(1 - math.floor(math.log10(abs(value))), 0), 2)}f}"
 
 
 def _percent(value: float) -> str:

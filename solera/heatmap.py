@@ -169,7 +169,7 @@ class _Sheet:
         """The measure's name, and its colours with their values."""
         self.y += 10
         self.text(16, measure, size=12, bold=True, advance=20)
-        bar, height = min(260.0, self.width - 60.0), 12.0
+        bar, height = min(260.0, self.width - 120.0), 12.0
         steps = 52
         for i in range(steps):
             fill, _ = _colour((i + 0.5) / steps)
@@ -209,8 +209,9 @@ class _Sheet:
         size = sizes[0] if sizes else None  # all numbers, or none
         self.text(16, f"{stack} (a row a layer)", size=12, fill=MUTED, advance=20)
         self.y += _STEEP * max(text_width(name, 11.5) for name in names) + 8
-        for i, name in enumerate(names):
+        for i, full in enumerate(names):
             x = left + cell * (i + 0.5)
+            name = shorten(full, max(int((self.width - 6 - x) / (0.77 * text_width("n", 11.5))), 4))
             self.parts.append(
                 element(
                     "text",

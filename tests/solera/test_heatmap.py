@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from solera.drawing import text_width
 from solera.heatmap import Panel, heat_map, heat_map_page
 from solera_core.places import Place, place_of
 
@@ -93,7 +94,10 @@ def test_nothing_lies_outside(width: int, layers: int) -> None:
         assert float(rect.attrib["y"]) + float(rect.attrib["height"]) <= bottom
     for text in root.iter(f"{SVG}text"):
         assert 0 < float(text.attrib["y"]) <= bottom
-        assert 0 < float(text.attrib["x"]) <= right
+        steep = 0.77 if "transform" in text.attrib else 1.0
+        half = {"middle": 0.5, "end": 0.0}.get(text.attrib.get("text-anchor", ""), 1.0)
+        length = text_width(text.text or "", float(text.attrib["font-size"])) * steep
+        assert 0 < float(text.attrib["x"]) <= right - half * length
 
 
 def test_numbers_are_in_all_cells_of_a_grid_or_in_none() -> None:
