@@ -91,23 +91,22 @@ class _Expansion:
             )
 
 
-def find_targets(parts: Sequence[Part], models: Models) -> tuple[list[Target], list[str]]:
+def find_targets(parts: Sequence[Part], models: Models, problems: Problems) -> tuple[list[Target], list[str]]:
     """Every output tensor in the order of the output, and warnings.
+
+    Tensors that some models of a run have and others lack are noted as problems, all of them, and left out.
 
     Args:
         parts: of the recipe. Where one is sliced, layers are numbered anew; tensors before the layers come from its
             first run and those behind them from its last.
         models: as opened.
-
-    Raises:
-        CheckpointError: tensors that some models of a run have and others lack; all are listed.
+        problems: where they are noted.
     """
-    expansion = _Expansion(models, Problems())
+    expansion = _Expansion(models, problems)
     targets: list[Target] = []
     for part in parts:
         targets += _whole(part, expansion) if part.whole else _stacked(part, expansion)
     expansion.note_missing()
-    expansion.problems.raise_any()
     warnings = []
     if expansion.derived:
         names = list(dict.fromkeys(expansion.derived))
