@@ -14,6 +14,7 @@ from solera_core.digest import file_sha256
 from solera_core.errors import CheckpointError
 from solera_core.plan import Plan
 from solera_core.provenance import FILE_NAME, read_provenance
+from solera_core.raw import open_values
 from solera_core.strict import Strict, parse
 
 __all__ = ["Rebuilt", "plan_rebuild", "rebuild"]
@@ -46,7 +47,8 @@ def rebuild(directory: Path, ctx: Context) -> Rebuilt:
     problems: list[str] = []
     for item in record["inputs"]:
         if item["digest"].startswith(("blake3:", "sampled:")):
-            checkpoint = open_checkpoint(item["ref"], here, dequantise=record["kind"] == "merge")
+            opened = open_values if record["kind"] == "merge" else open_checkpoint
+            checkpoint = opened(item["ref"], here)
             now = checkpoint.digest() if item["digest"].startswith("blake3:") else checkpoint.identity()
             if now != item["digest"]:
                 problems.append(f"input {item['ref']} has changed: {item['digest'][:23]}... then, {now[:23]}... now")

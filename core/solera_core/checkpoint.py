@@ -309,6 +309,11 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> dict[str
                 f"{directory}: is a LoRA adapter, not a model; write <model>+{directory.name}, "
                 "behind the model that it was made for"
             )
+        if any(directory.glob("*.gguf")):
+            raise CheckpointError(
+                f"{directory}: holds GGUF weights, which are quantised in llama.cpp's own ways and layout and cannot "
+                "be read; use the checkpoint that they were made from"
+            )
         raise CheckpointError(f"{directory}: not a checkpoint: it has no config.json")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

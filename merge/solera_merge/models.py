@@ -1,20 +1,21 @@
 """The models of a recipe: opened once each, named alike, and compared by what config and tokenizer say."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from solera_core.architecture import num_layers, text_config, ties_embeddings
-from solera_core.checkpoint import Checkpoint, open_checkpoint
+from solera_core.checkpoint import Checkpoint
 from solera_core.context import Context
 from solera_core.errors import InputError
 from solera_core.hub import split_adapter
+from solera_core.raw import is_weight_file, open_values
 from solera_core.towers import Tower, find_tower, stacks_of, tower_config, towers_of
 from solera_merge.alignment import align, counterpart, fill
 from solera_merge.config import MergeConfig, OutputModule
-from solera_merge.problems import Problems
+from solera_merge.problems import Problems, some
 from solera_merge.vocabulary import conflicting_ids
 
 __all__ = ["Models", "compare", "family_of", "open_models"]
@@ -58,6 +59,7 @@ class Models:
         towers: of every model.
         fills: where a model is no whole model of the owner's kind: the owner's tower that it is, and the same in the
             model itself.
+        raw: they are files of weights without a config.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -65,6 +67,7 @@ class Models:
     owner: int
     towers: tuple[tuple[Tower, ...], ...]
     fills: tuple[tuple[Tower, Tower] | None, ...]
+    raw: bool = False
 
     def ref(self, model: int) -> str:
         """How the recipe calls a model."""
@@ -80,9 +83,11 @@ def open_models(config: MergeConfig, ctx: Context, problems: Problems) -> Models
     checkpoints: list[Checkpoint] = []
     index: dict[str, int] = {}
     known: dict[tuple[Path, str | None], int] = {}
-    for ref in _references(config):
+    references = _references(config)
+    raw = _are_files(references, config, ctx, problems)
+    for ref in references:
         try:
-            checkpoint = open_checkpoint(ref, ctx, weights="later", dequantise=True)
+            checkpoint = open_values(ref, ctx, weights="later")
         except InputError as e:
             problems.add(e)
             continue
@@ -92,7 +97,11 @@ def open_models(config: MergeConfig, ctx: Context, problems: Problems) -> Models
             known[identity] = len(checkpoints)
             checkpoints.append(checkpoint)
         index[ref] = known[identity]
-    return _named_alike(config, checkpoints, index, index.get(config.base_model or "", 0), problems)
+    owner = index.get(config.base_model or "", 0)
+    if raw:
+        towers = tuple(towers_of(checkpoint.tensors) for checkpoint in checkpoints)
+        return Models(tuple(checkpoints), index, owner, towers, (None,) * len(checkpoints), raw=True)
+    return _named_alike(config, checkpoints, index, owner, problems)
 
 
 def compare(models: Models, *, whole: bool, same_tokenizer: bool) -> list[str]:
@@ -204,6 +213,22 @@ def _named_alike(
 def _tower_sources(config: MergeConfig) -> list[tuple[str, str]]:
     """(module, model) for everything that is listed under a module."""
     return [(name, ref) for name, part in config.parts.items() if name is not None for ref in _references_of(part)]
+
+
+def _are_files(references: Sequence[str], config: MergeConfig, ctx: Context, problems: Problems) -> bool:
+    """Whether the models are files of weights; notes what is impossible then."""
+    files = [ref for ref in references if is_weight_file(ref, ctx)]
+    if not files:
+        return False
+    if others := [ref for ref in references if ref not in files]:
+        problems.config(
+            f"models: {some(files)} is a file of weights, and {some(others)} is not; merge files with files (tensor by "
+            "tensor, without any config), or whole models with whole models"
+        )
+    for key in ("slices", "modules", "towers", "tokenizer_source", "tokenizer", "chat_template"):
+        if getattr(config, key) is not None:
+            problems.config(f"{key}: files of weights have no config to say what that would mean; leave it out")
+    return True
 
 
 def _references(config: MergeConfig) -> list[str]:

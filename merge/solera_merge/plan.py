@@ -55,6 +55,7 @@ __all__ = [
 COPY = "copy"
 """What happens to tensors that are no floating-point numbers: equal in all sources, and copied."""
 
+_NO_CONFIG = "the models are files of weights: the output has weights and no config.json"
 _TEMPORARIES = 8  # float32 blocks that a formula and the cast hold besides the sources
 _SELECTION_BYTES = 4 << 20  # histograms and the elements of one bin, a model
 _SVD_BYTES = 10  # an element: float64, and a share of LAPACK's workspace (measured: 1.5 N + 13.5 matrices of float64)
@@ -125,7 +126,7 @@ class MergePlan:
 
     Attributes:
         tensors: in the order of the output files.
-        config: content of config.json.
+        config: content of config.json; empty where the models are files of weights.
         sidecars: tokenizer and other files to be copied.
         warnings: what a careful person would want to know first.
     """
@@ -193,10 +194,10 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
         tensors = as_mergekit(config, tensors, models, ctx, problems)
     problems.raise_any()
     dtype = _main_dtype(tensors)
-    content, notes = output_config(models, parts, dtype=_TORCH_NAME[dtype])
+    content, notes = ({}, [_NO_CONFIG]) if models.raw else output_config(models, parts, dtype=_TORCH_NAME[dtype])
     warnings += notes
     _check_vocabulary(tensors, content, models)
-    if not _has_tokenizer(donor):
+    if not models.raw and not _has_tokenizer(donor):
         warnings.append(f"{donor.path}: has no tokenizer, and no other model here has one: the output will have none")
     warnings += concerns([read_licence(c.ref, d) for c in models.checkpoints for d in c.directories])
     if config.parameters.get("int8_mask"):

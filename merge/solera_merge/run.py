@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solera_core.context import Context
-from solera_core.output import check_output, input_record, write_metadata, write_provenance
+from solera_core.output import check_output, check_weights, input_record, write_metadata, write_provenance
 from solera_core.plan import Plan
 from solera_core.reload_check import ReloadCheck
 from solera_core.staging import check_apart, check_target, require_disk, staged
@@ -77,7 +77,8 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
         CheckpointWriter(staging, plan.specs, early_flush=ctx.flush) as writer,
         ExitStack() as beside,
     ):
-        write_metadata(staging, config=plan.config, sidecars=plan.sidecars)
+        if not models.raw:
+            write_metadata(staging, config=plan.config, sidecars=plan.sidecars)
         reload = _reload_check(staging, plan, models, ctx, beside)
         execute(
             plan.tensors,
@@ -92,7 +93,11 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
         for checkpoint in models.checkpoints:
             checkpoint.require_unchanged()
         digests = writer.finish()
-        checks = check_output(staging, reload=False, trust_remote_code=ctx.trust_remote_code)
+        checks = (
+            check_weights(staging)
+            if models.raw
+            else check_output(staging, reload=False, trust_remote_code=ctx.trust_remote_code)
+        )
         drift = drift_report({n: d for n in digests if (d := writer.annotation(n)) is not None})
         for name, what in list(drift["outliers"].items())[:_SHOWN]:
             ctx.progress.note(f"{name}: {what}")
@@ -137,6 +142,8 @@ def _reload_check(
     staging: Path, plan: MergePlan, models: Models, ctx: Context, beside: ExitStack
 ) -> ReloadCheck | Mapping[str, str]:
     """A check that runs beside the merge, or the reason why none is needed."""
+    if models.raw:
+        return {"skipped": "there is no config.json"}
     if not ctx.reload_check:
         return {"skipped": "--no-reload-check"}
     if (ref := _input_of_the_same_form(plan, models)) is not None:
