@@ -61,7 +61,8 @@ def _write(directory: Path, config: Mapping[str, Any], specs: Iterable[TensorSpe
     file = directory / shard.file
     file.write_bytes(shard.header)
     os.truncate(file, shard.nbytes)
-    write_metadata(directory, config=config, sidecars=sidecars)
+    if config:  # files of weights have none
+        write_metadata(directory, config=config, sidecars=sidecars)
 
 
 def _write_like(directory: Path, model: Checkpoint, dtype: str | None, keep: list[int] | None = None) -> None:
