@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
@@ -77,6 +79,50 @@ def test_the_same_as_one_after_the_other(siblings: Siblings, tmp_path: Path, ord
     assert (out / "config.json").read_bytes() == (expected / "config.json").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hand", "out"]
     assert verify(out) == []
+
+
+def test_as_mergekit_multi_makes_it_of_the_same_file(
+    siblings: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal in float32: a passthrough stack of two halves, whose deltas from a third model are added up."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what mergekit and its dependencies warn about is theirs
+        from click.testing import CliRunner
+        from mergekit.scripts.multimerge import main as mergekit_multi
+
+    monkeypatch.chdir(tmp_path)
+    a, b, c, base = (str(siblings[name]) for name in ("a", "b", "c", "base"))
+    stack = {
+        "name": "stack",
+        "merge_method": "passthrough",
+        "slices": [{"sources": [{"model": m, "layer_range": r}]} for m, r in ((a, [0, 1]), (b, [1, 2]))],
+        "dtype": "float32",
+    }
+    moved = {
+        "name": "moved",
+        "merge_method": "task_arithmetic",
+        "base_model": base,
+        "models": [{"model": "stack", "parameters": {"weight": 0.7}}, {"model": c, "parameters": {"weight": [0, 1]}}],
+        "dtype": "float32",
+    }
+    last = {
+        "merge_method": "ties",
+        "base_model": base,
+        "models": [{"model": "moved"}, {"model": "stack"}],
+        "parameters": {"weight": 0.5, "density": 0.6},
+        "dtype": "float32",
+    }
+    Path("all.yml").write_text(yaml.safe_dump_all([last, stack, moved], sort_keys=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = CliRunner().invoke(mergekit_multi, ["all.yml", "-I", "theirs/kept", "--out-path", "theirs/out"])
+    assert result.exit_code == 0, result.output
+    assert main(["merge", "all.yml", "ours/out", "-q", "--keep-intermediate", "ours/kept"]) == 0
+    for place in ("kept/stack", "kept/moved", "out"):
+        ours, theirs = (load_file(Path(who, place, "model.safetensors")) for who in ("ours", "theirs"))
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-7 * np.abs(theirs[name]).max())
 
 
 def test_the_record_is_about_all_of_them(siblings: Siblings, tmp_path: Path) -> None:
