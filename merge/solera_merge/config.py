@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from solera_core.strict import Strict, did_you_mean
 from solera_merge.methods.catalogue import METHODS, Method
 from solera_merge.settings import Setting, scalars_of
+from solera_merge.tokenizer.config import TokenizerConfig
 
 __all__ = ["MergeConfig", "ModelSource", "OutputSlice", "Parameters", "SliceSource"]
 
@@ -19,8 +20,6 @@ DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 _LATER = {
     "modules": "merging by module (vision-language, encoder-decoder) is not supported yet",
-    "tokenizer": "building a tokenizer is not supported yet; `tokenizer_source` copies that of the base or a model",
-    "chat_template": "setting a chat template is not supported yet; the one of the tokenizer that is copied is kept",
 }
 
 
@@ -91,7 +90,10 @@ class MergeConfig(Strict):
         dtype: of the output where `out_dtype` is not given. (mergekit also computes in it; here it is float32,
             unless the run is asked for mergekit's own bytes: `Context.compat`.)
         out_dtype: of the output; without either, each tensor keeps the widest dtype of its sources.
-        tokenizer_source: whose tokenizer is copied: `base` or one of the models; by default the config's owner.
+        tokenizer_source: the output's tokenizer: `union`, `base` or one of the models. By default it is that of the
+            config's owner, and all models must have its tokens.
+        tokenizer: the same with settings of single tokens.
+        chat_template: `auto`, a name, or the text of a template (`solera_merge.tokenizer.chat`).
     """
 
     merge_method: str
@@ -103,13 +105,20 @@ class MergeConfig(Strict):
     out_dtype: DType | None = None
     tokenizer_source: str | None = None
     modules: None = None
-    tokenizer: None = None
-    chat_template: None = None
+    tokenizer: TokenizerConfig | None = None
+    chat_template: str | None = None
 
     @property
     def method(self) -> Method:
         """The catalogue's entry."""
         return METHODS[self.merge_method]
+
+    @property
+    def wanted_tokenizer(self) -> TokenizerConfig | None:
+        """The tokenizer that the recipe asks for, in either way."""
+        if self.tokenizer_source is None:
+            return self.tokenizer
+        return TokenizerConfig(source=self.tokenizer_source)
 
     @field_validator("merge_method")
     @classmethod
@@ -118,21 +127,11 @@ class MergeConfig(Strict):
             raise ValueError(f"unknown method {value!r}{did_you_mean(value, METHODS)}")
         return value
 
-    @field_validator("modules", "tokenizer", "chat_template", mode="before")
+    @field_validator("modules", mode="before")
     @classmethod
     def _later(cls, value: Any, info: Any) -> Any:
         if value is not None:
             raise ValueError(_LATER[info.field_name])
-        return value
-
-    @field_validator("tokenizer_source")
-    @classmethod
-    def _no_union(cls, value: str | None) -> str | None:
-        if value == "union":
-            raise ValueError(
-                "`union` is not supported yet: it needs every embedding permuted to a new vocabulary; "
-                "use `base` or one of the models, whose tokenizers must agree"
-            )
         return value
 
     @model_validator(mode="after")
@@ -140,7 +139,9 @@ class MergeConfig(Strict):
         problems: list[str] = []
         if (self.models is None) == (self.slices is None):
             problems.append("give either `models` or `slices`" + (", not both" if self.models else ""))
-        if self.tokenizer_source == "base" and self.base_model is None:
+        if self.tokenizer_source is not None and self.tokenizer is not None:
+            problems.append("tokenizer_source: `tokenizer` is given too, and has a `source`; remove one of the two")
+        if (wanted := self.wanted_tokenizer) is not None and wanted.source == "base" and self.base_model is None:
             problems.append("tokenizer_source: `base` needs a base_model")
         for where, parameters, per_source in self._levels():
             problems += [f"{where}{problem}" for problem in self._misfits(parameters, per_source=per_source)]

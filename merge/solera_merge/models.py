@@ -97,13 +97,13 @@ def open_models(config: MergeConfig, ctx: Context) -> Models:
     return Models(tuple(checkpoints), index, index[config.base_model] if config.base_model is not None else 0)
 
 
-def compare(models: Models, *, whole: bool, same_tokenizer: bool) -> list[str]:
+def compare(models: Models, *, whole: bool, tokenizers: bool) -> list[str]:
     """Check that the models belong together, as far as configs and tokenizers tell; returns warnings.
 
     Args:
         models: as opened.
         whole: every model is merged over all its layers, so their number must agree.
-        same_tokenizer: the recipe chose a tokenizer, so that any token with another id elsewhere is an error.
+        tokenizers: equal ids must mean equal tokens, because the recipe asks for no tokenizer.
 
     Raises:
         CheckpointError: different architectures, heads, activation, tie flags, layer counts or vocabularies.
@@ -142,7 +142,8 @@ def compare(models: Models, *, whole: bool, same_tokenizer: bool) -> list[str]:
             f"{where}: `{key}` is {mine!r} and {theirs!r}; the output gets {mine!r}"
             for key, mine, theirs in _differences(a, b, _other_keys(a, b))
         ]
-        _compare_tokenizers(first, other, problems, warnings, strictly=same_tokenizer)
+        if tokenizers:
+            _compare_tokenizers(first, other, problems, warnings)
     problems.raise_any()
     return warnings
 
@@ -188,9 +189,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any], keys: Sequence[str]) -> l
     return [(key, x, y) for key, x, y in pairs if x is not None and y is not None and x != y]
 
 
-def _compare_tokenizers(
-    first: Checkpoint, other: Checkpoint, problems: Problems, warnings: list[str], *, strictly: bool
-) -> None:
+def _compare_tokenizers(first: Checkpoint, other: Checkpoint, problems: Problems, warnings: list[str]) -> None:
     conflict = conflicting_ids(first, other)
     if conflict is None or not conflict.count:
         return
@@ -198,10 +197,10 @@ def _compare_tokenizers(
         f"{conflict.files[0]} and {conflict.files[1]}: {conflict.count} of {conflict.common} token ids mean different "
         f"tokens (id {conflict.example[0]} is {conflict.example[1]!r} and {conflict.example[2]!r})"
     )
-    if strictly or conflict.count > _OTHER_VOCABULARY * conflict.common:
+    if conflict.count > _OTHER_VOCABULARY * conflict.common:
         problems.checkpoint(
-            f"{line}: embedding rows would be mixed up; merge models with one vocabulary "
-            "(moving embeddings to another vocabulary is not supported yet)"
+            f"{line}: embedding rows would be mixed up; `tokenizer_source: union` (or `base`, or one of the models) "
+            "gives the models one vocabulary"
         )
     else:
         warnings.append(f"{line}; the output gets the tokenizer of the first")

@@ -12,6 +12,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from solera_core.architecture import is_embedding, is_head, vocab_size
 from solera_core.checkpoint import Checkpoint
 from solera_core.context import Context
@@ -21,7 +23,6 @@ from solera_core.errors import CheckpointError, ConfigError, ResourceError
 from solera_core.plan import Plan
 from solera_core.ranges import stamp
 from solera_core.sidecars import tokenizer_files
-from solera_core.strict import did_you_mean
 from solera_core.version import __version__
 from solera_core.writer import TensorSpec, layout
 from solera_merge.block import BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS, block_starts
@@ -35,6 +36,8 @@ from solera_merge.problems import Problems
 from solera_merge.resolve import resolve
 from solera_merge.runs import runs_of
 from solera_merge.targets import Target, find_targets
+from solera_merge.tokenizer.align import align
+from solera_merge.tokenizer.files import files_of, with_vocabulary
 from solera_merge.vocabulary import check_tokenizer
 
 __all__ = [
@@ -114,12 +117,14 @@ class MergePlan:
         tensors: in the order of the output files.
         config: content of config.json.
         sidecars: tokenizer and other files to be copied.
+        files: content of those that are written anew, by name.
         warnings: what a careful person would want to know first.
     """
 
     tensors: tuple[TensorPlan, ...]
     config: Mapping[str, Any]
     sidecars: tuple[Path, ...]
+    files: Mapping[str, bytes]
     warnings: tuple[str, ...]
 
     @property
@@ -130,7 +135,8 @@ class MergePlan:
     @property
     def disk_bytes(self) -> int:
         """Size of everything that will be written, provenance excepted."""
-        return sum(s.nbytes for s in layout(self.specs)) + sum(f.stat().st_size for f in self.sidecars if f.exists())
+        beside = sum(f.stat().st_size for f in self.sidecars if f.exists()) + sum(map(len, self.files.values()))
+        return sum(s.nbytes for s in layout(self.specs)) + beside
 
 
 def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
@@ -146,8 +152,11 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
         open_device(ctx.device)  # says what is there if it is not
     models = open_models(config, ctx)
     whole = config.models is not None
-    warnings = compare(models, whole=whole, same_tokenizer=config.tokenizer_source is not None)
+    warnings = compare(models, whole=whole, tokenizers=config.wanted_tokenizer is None)
     runs = runs_of(config, models)
+    alignment = align(config, models, runs)
+    models = alignment.models
+    warnings += alignment.warnings
     targets, notes = find_targets(runs, models, whole=whole)
     warnings += notes
     resolved = resolve(config, targets, models)
@@ -162,8 +171,9 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     dtype = _main_dtype(tensors)
     content, notes = output_config(models, runs, whole=whole, dtype=_TORCH_NAME[dtype])
     warnings += notes
+    warnings += with_vocabulary(content, alignment)
     _check_vocabulary(tensors, content, models)
-    donor = _tokenizer_owner(config, models)
+    donor = models.checkpoints[alignment.donor]
     check_tokenizer(donor)
     if not _has_tokenizer(donor):
         if owners := [c.ref for c in models.checkpoints if _has_tokenizer(c)]:
@@ -173,17 +183,25 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
                 + (f" (or one of {', '.join(owners[1:])})" if owners[1:] else "")
                 + ", or copy the tokenizer files into that directory"
             )
+        if config.wanted_tokenizer is not None or config.chat_template is not None:
+            asked = "tokenizer" if config.wanted_tokenizer is not None else "chat_template"
+            raise ConfigError(f"{asked}: none of the models has a tokenizer; remove it from the recipe")
         warnings.append(f"{donor.path}: has no tokenizer, and no other model here has one: the output will have none")
+    union = config.wanted_tokenizer is not None and config.wanted_tokenizer.source == "union"
+    beside = files_of(alignment, config.chat_template, union=union)
+    warnings += beside.warnings
     if config.parameters.get("int8_mask"):
         warnings.append("parameters.int8_mask: has no effect (no mask is stored)")
-    return MergePlan(tuple(tensors), content, tuple(donor.sidecars), tuple(dict.fromkeys(warnings))), models
+    unique = tuple(dict.fromkeys(warnings))
+    return MergePlan(tuple(tensors), content, beside.copied, beside.written, unique), models
 
 
 def plan_key(plan: MergePlan, models: Models) -> str:
     """What a killed run and this one must have in common for this one to go on: plan, inputs, version."""
     inputs = [checkpoint.fingerprint() for checkpoint in models.checkpoints]
     sidecars = [[str(file), *astuple(stamp(file))] for file in plan.sidecars]  # else copies of others would be left
-    key = [__version__, repr(plan.tensors), dict(plan.config), sidecars, inputs]
+    files = {name: blake3(content).hexdigest() for name, content in plan.files.items()}
+    key = [__version__, repr(plan.tensors), dict(plan.config), sidecars, files, inputs]
     if any(tensor.mergekit is not None for tensor in plan.tensors):
         from solera_merge.compat import mergekit_versions
 
@@ -210,6 +228,7 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
     ]
     writes: list[Mapping[str, Any]] = [{"what": s.file, "bytes": s.nbytes} for s in layout(plan.specs)]
     writes += [{"what": f.name, "bytes": f.stat().st_size} for f in plan.sidecars]
+    writes += [{"what": name, "bytes": len(content)} for name, content in plan.files.items()]
     return Plan(
         stage="merge",
         reads=reads,
@@ -314,8 +333,8 @@ def _check_shapes(targets: Sequence[Target], models: Models, problems: Problems)
             rows = is_embedding(first.name) or is_head(first.name)
             if rows and first.shape[1:] == info.shape[1:]:
                 problems.checkpoint(
-                    f"{both}: the vocabularies of {first_ref!r} and {ref!r} have different sizes; merge models with "
-                    "one tokenizer, or give them equally many rows first (resize_token_embeddings of transformers)"
+                    f"{both}: the vocabularies of {first_ref!r} and {ref!r} have different sizes; "
+                    "`tokenizer_source: union` (or `base`, or one of the models) gives them one vocabulary"
                 )
             else:
                 problems.checkpoint(f"{both}: shapes differ; merge models of one architecture and size")
@@ -329,7 +348,8 @@ def _check_vocabulary(tensors: Sequence[TensorPlan], content: Mapping[str, Any],
             file = models.checkpoints[models.owner].path / "config.json"
             raise CheckpointError(
                 f"{file}: vocab_size is {rows}, but {tensor.name!r} of "
-                f"{models.ref(tensor.models[0].model)!r} is {tensor.shape}; merge models with one vocabulary"
+                f"{models.ref(tensor.models[0].model)!r} is {tensor.shape}; `tokenizer_source: union` (or `base`, or "
+                "one of the models) gives the models one vocabulary"
             )
 
 
@@ -383,13 +403,3 @@ def _main_dtype(tensors: Sequence[TensorPlan]) -> str:
 
 def _has_tokenizer(checkpoint: Checkpoint) -> bool:
     return bool(tokenizer_files(file.name for file in checkpoint.sidecars))
-
-
-def _tokenizer_owner(config: MergeConfig, models: Models) -> Checkpoint:
-    wanted = config.tokenizer_source
-    if wanted is None or wanted == "base":
-        return models.checkpoints[models.owner]
-    if wanted not in models.index:
-        hint = did_you_mean(wanted, ["base", *models.index])
-        raise ConfigError(f"tokenizer_source: {wanted!r} is none of the models of this merge{hint}")
-    return models.checkpoints[models.index[wanted]]

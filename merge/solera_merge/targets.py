@@ -14,7 +14,7 @@ from solera_merge.models import Models
 from solera_merge.problems import Problems, some
 from solera_merge.runs import Run, Source
 
-__all__ = ["Target", "find_targets"]
+__all__ = ["Target", "find_targets", "lies_before"]
 
 # Tables of sines that old checkpoints store and transformers computes: left out wherever they appear.
 _DERIVED = (".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq")
@@ -129,12 +129,12 @@ def _stacked(runs: Sequence[Run], expansion: _Expansion) -> Iterator[Target]:
 
 def _outside(run: Run, expansion: _Expansion, *, before: bool) -> Iterator[Target]:
     names = list(dict.fromkeys(n for s in run.sources for n in expansion.tensors(s) if layer_of(n) is None))
-    chosen = [name for name in names if _lies_before(name) == before]
+    chosen = [name for name in names if lies_before(name) == before]
     for row in expansion.everywhere(run, [chosen] * len(run.sources)):
         yield Target(row[0], run, row, 0.0)
 
 
-def _lies_before(name: str) -> bool:
+def lies_before(name: str) -> bool:
     """Embeddings (of tokens, positions, types, and their norms) come before the layers, everything else behind them."""
     return is_embedding(name) or (not is_head(name) and any(word in name for word in ("embed", "wte", "wpe")))
 
