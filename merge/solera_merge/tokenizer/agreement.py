@@ -38,10 +38,10 @@ def disagreement(own: ModelTokenizer, output: ModelTokenizer) -> str | None:
     different = [(t, a, b) for t, a, b in zip(texts, *split, strict=True) if a != b]
     if not different:
         return None
-    text, a, b = min(different, key=lambda found: len(found[0]))
-    return (
-        f"{len(different)} of {len(texts)} sample texts are split differently ({text!r}: {a[:8]} by its own, {b[:8]})"
-    )
+    text, a, b = different[0]
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
+    example = f"{text[:40]!r}: {a[at : at + 5]} by its own, {b[at : at + 5]}"
+    return f"{len(different)} of {len(texts)} sample texts are split differently ({example})"
 
 
 def _words(tokenizer: "Tokenizer", vocabulary: Mapping[str, int]) -> list[str]:

@@ -59,7 +59,8 @@ def align(config: MergeConfig, models: Models, runs: Sequence[Run]) -> Alignment
         CheckpointError: a tokenizer cannot be read, or not be combined with the others.
     """
     wanted = config.wanted_tokenizer
-    donor = donor_of(None if wanted is None else wanted.source, models)
+    where = "tokenizer_source" if config.tokenizer is None else "tokenizer.source"
+    donor = donor_of(None if wanted is None else wanted.source, models, where)
     warnings: list[str] = []
     all_ = None if wanted is None else read_tokenizers(models, donor, warnings)
     if wanted is None or all_ is None:
@@ -125,8 +126,8 @@ def _tables(
                 continue
             if lacking := [all_.models.ref(m) for m in rows_of.givers() if name not in checkpoints[m].tensors]:
                 problems.checkpoint(
-                    f"{checkpoints[i].tensors[name].file}: rows of {name!r} are to come from {some(lacking)}, which has no "
-                    "such tensor"
+                    f"{checkpoints[i].tensors[name].file}: rows of {name!r} are to come from {some(lacking)}, which "
+                    "lacks it"
                 )
                 continue
             tables[i][name] = permuted(name, i, checkpoints, rows_of), _digest(rows_of)

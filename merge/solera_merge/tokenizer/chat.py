@@ -96,9 +96,8 @@ MARKS: Final[Mapping[str, tuple[str, ...]]] = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "exaone": ("[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "mistral": ("[INST]", "[/INST]"),
 }
-"""What a format writes between the turns, and models of that family have as one token each."""
+"""What a format writes between the turns, one token each in models of that family; the last one ends a turn."""
 
 _VARIABLES: Final = {
     "messages",

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from solera_core.architecture import text_config, vocab_size
+from solera_core.architecture import text_config
 from solera_core.checkpoint import Checkpoint
 from solera_core.sidecars import tokenizer_files
 from solera_merge.problems import some
 from solera_merge.tokenizer.align import Alignment
 from solera_merge.tokenizer.chat import MARKS, chosen_template, template_of
 from solera_merge.tokenizer.models import Tokenizers
-from solera_merge.tokenizer.read import ModelTokenizer, read_json
+from solera_merge.tokenizer.read import ModelTokenizer, read_json, read_tokenizer
 
 __all__ = ["OutputFiles", "files_of", "with_vocabulary"]
 
@@ -72,13 +72,15 @@ def files_of(alignment: Alignment, chat_template: str | None, *, union: bool) ->
             settings.pop("chat_template", None)
             for name in ("chat_template.jinja", "chat_template.json"):
                 copied.pop(name, None)
-        warnings += _unknown_marks(chat_template, output, donor, alignment.tokenizers, alignment.donor)
     if json.dumps(settings) != before:
         written["tokenizer_config.json"] = settings
     if union and alignment.tokenizers is not None:
         generation = _all_ends(alignment, alignment.tokenizers, warnings)
         if generation is not None:
             written["generation_config.json"] = generation
+    if chat_template is not None and chat_template in MARKS and (output or "tokenizer.json" in copied):
+        ends = _ids(written.get("generation_config.json", {}).get("eos_token_id")) or _ends(donor)
+        warnings += _odd_marks(chat_template, output or read_tokenizer(donor, {}), ends)
     return OutputFiles(
         (*(file for name, file in copied.items() if name not in written), *folders),
         {name: _encoded(content) for name, content in sorted(written.items())},
@@ -95,9 +97,9 @@ def with_vocabulary(content: dict[str, Any], alignment: Alignment) -> list[str]:
     all_, owner, donor = alignment.tokenizers, alignment.models.owner, alignment.donor
     if all_ is None or alignment.rows is None:
         return []
-    for level in _levels(content):
-        if vocab_size(level) is not None and "vocab_size" in level:
-            level["vocab_size"] = alignment.rows
+    levels = _levels(content)
+    for level in [level for level in levels if "vocab_size" in level] or levels[-1:]:
+        level["vocab_size"] = alignment.rows
     output = alignment.output if alignment.output is not None else all_.own[donor]
     warnings: list[str] = []
     theirs = alignment.models.checkpoints[donor].config
@@ -167,24 +169,17 @@ def _ends(checkpoint: Checkpoint) -> list[int]:
     return _ids(stated)
 
 
-def _unknown_marks(
-    name: str, output: ModelTokenizer | None, donor: Checkpoint, all_: Tokenizers | None, number: int
-) -> Iterator[str]:
-    """A warning about marks of a known format that are no tokens of the output."""
-    if name not in MARKS:
-        return
-    if output is None and all_ is not None:
-        output = all_.own[number]
+def _odd_marks(name: str, output: ModelTokenizer | None, ends: list[int]) -> Iterator[str]:
+    """Warnings about marks of a known format that are no tokens of the output, or where a generation does not end."""
     if output is None:
-        from solera_merge.tokenizer.read import read_tokenizer
-
-        output = read_tokenizer(donor, {})
-    lacking = [] if output is None else [mark for mark in MARKS[name] if mark not in output.vocabulary]
-    if lacking:
+        return
+    if lacking := [mark for mark in MARKS[name] if mark not in output.vocabulary]:
         yield (
             f"chat_template: {name} writes {some(lacking)}, which the tokenizer splits like other text; list them "
             "under `tokenizer: {tokens: ...}` if they shall be one token each"
         )
+    elif output.vocabulary[MARKS[name][-1]] not in ends:
+        yield f"chat_template: a turn of {name} ends with {MARKS[name][-1]!r}, which no `eos_token_id` is"
 
 
 def _encoded(content: Any) -> bytes:

@@ -35,8 +35,10 @@ class Tokenizers:
         return found if found is not None and found < self.rows[model] else None
 
 
-def donor_of(source: str | None, models: Models) -> int:
+def donor_of(source: str | None, models: Models, where: str) -> int:
     """Number of the model whose tokenizer a `source` means: of `union` and `base`, and where none is given, the owner.
+
+    `where` is the key of the recipe that holds it.
 
     Raises:
         ConfigError: it is none of the models.
@@ -46,7 +48,7 @@ def donor_of(source: str | None, models: Models) -> int:
     assert source is not None
     if source not in models.index:
         hint = did_you_mean(source, ["union", "base", *models.index])
-        raise ConfigError(f"tokenizer_source: {source!r} is none of the models of this merge{hint}")
+        raise ConfigError(f"{where}: {source!r} is none of the models of this merge{hint}")
     return models.index[source]
 
 
@@ -89,9 +91,9 @@ def read_tokenizers(models: Models, donor: int, warnings: list[str]) -> Tokenize
         if tokenizer.byte_level != first.byte_level:
             byte, other = (tokenizer, first) if tokenizer.byte_level else (first, tokenizer)
             problems.checkpoint(
-                f"{byte.file} and {other.file}: the first spells tokens in bytes (as GPT-2 does), the second in letters "
-                "(as SentencePiece does): equal spellings mean different texts, and rows of different words would be "
-                "mixed. Give the models one tokenizer before they are merged"
+                f"{byte.file} and {other.file}: the first spells tokens in bytes (as GPT-2 does), the second in "
+                "letters (as SentencePiece does): equal spellings mean different texts, so rows of different words "
+                "would be mixed. Give the models one tokenizer before they are merged"
             )
     problems.raise_any()
     return Tokenizers(models, own, rows, donor)

@@ -91,13 +91,16 @@ class _Table:
         """The mean of the rows that have a token, in float64; read once."""
         with self._lock:
             if self._average is None:
-                total = np.zeros(self._width)
-                tokens = self._origins.tokens
-                step = max(1, _PIECE // self._width)
-                for first in range(0, len(tokens), step):
-                    for begin, end in self._runs(first, min(first + step, len(tokens))):
-                        if tokens[begin:end].any():
-                            rows = self._rows(begin, end).reshape(-1, self._width)
-                            total += rows[tokens[begin:end]].sum(axis=0, dtype=np.float64)
-                self._average = (total / tokens.sum()).astype(np.float32)
+                self._average = self._averaged()
             return self._average
+
+    def _averaged(self) -> Float32:
+        total = np.zeros(self._width)
+        tokens = self._origins.tokens
+        step = max(1, _PIECE // self._width)
+        for first in range(0, len(tokens), step):
+            for begin, end in self._runs(first, min(first + step, len(tokens))):
+                if tokens[begin:end].any():
+                    rows = self._rows(begin, end).reshape(-1, self._width)
+                    total += rows[tokens[begin:end]].sum(axis=0, dtype=np.float64)
+        return np.asarray(total / tokens.sum(), np.float32)

@@ -129,14 +129,14 @@ def origins(
     for m in models:
         mine = (own[m] >= 0) & ~forced
         model, row = np.where(mine, m, shared_model), np.where(mine, own[m], shared_row)
-        for place in np.flatnonzero(~tokens):
+        for place in np.flatnonzero(~tokens).tolist():
             averaged = average_from is not None and place >= average_from
             donors = [d for d in (m, donor) if place < len(spare[d]) and spare[d][place]]
-            origin = (donors[0], int(place)) if donors and not averaged else (AVERAGE, 0)
+            origin = (donors[0], place) if donors and not averaged else (AVERAGE, 0)
             model[place], row[place] = origin
         means = {
-            int(place): tuple((k, int(own[k][place])) for k in models if own[k][place] >= 0)
-            for place in np.flatnonzero(model == MEAN)
+            place: tuple((k, int(own[k][place])) for k in models if own[k][place] >= 0)
+            for place in np.flatnonzero(model == MEAN).tolist()
         }
         found[m] = Origins(model, row, means, tokens)
     return found
