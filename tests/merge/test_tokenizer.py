@@ -1,7 +1,6 @@
 """Tokenizers of the output: mergekit's vocabulary and rows, and what it loses: padding, ids, how texts are split."""
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -224,7 +223,9 @@ def test_single_tokens_are_as_in_mergekit(both: Both, model: Model, tokens: str,
     for name in "abc":
         text = text.replace(f'"{name}"', json.dumps(str(tmp_path / name)))
     mine, theirs, a, b = both(
-        **linear(*paths, tokenizer={"source": source if source == "union" else str(paths[1]), "tokens": json.loads(text)})
+        **linear(
+            *paths, tokenizer={"source": source if source == "union" else str(paths[1]), "tokens": json.loads(text)}
+        )
     )
     assert TOKENS[tokens].keys() <= mine.keys()
     require_equal_rows(mine, theirs, a, b)
@@ -451,8 +452,8 @@ def test_a_model_with_all_tokens_has_its_likelihoods(recipe: Recipe, model: Mode
 def test_gpt2_and_gpt_neox(recipe: Recipe, make_model: MakeModel, shared_data: Path, tmp_path: Path) -> None:
     """Both byte-level, with other merge rules, and in the second added tokens for runs of spaces.
 
-    The union extends GPT-2's: its texts are split as before, and the texts of GPT-NeoX, split by its own tokenizer, have
-    the logits of before.
+    The union extends GPT-2's: its texts are split as before, and the texts of GPT-NeoX, split by its own tokenizer,
+    have the logits of before.
     """
     from tokenizers import Tokenizer
     from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
@@ -480,7 +481,7 @@ def test_gpt2_and_gpt_neox(recipe: Recipe, make_model: MakeModel, shared_data: P
     assert union.encode(text).ids == old.encode(text).ids
     split = other.encode(text[:2000])
     before = scores(tmp_path / "neox", split.ids, list(range(other.get_vocab_size())))
-    moved = [new[other.id_to_token(i)] for i in range(other.get_vocab_size())]
+    moved = [new[str(other.id_to_token(i))] for i in range(other.get_vocab_size())]
     after = scores(out, [moved[i] for i in split.ids], moved)
     assert (before == after).all()
     assert nll(before, split.ids) == nll(after, split.ids)

@@ -6,7 +6,7 @@ that transformers renders it in.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -112,10 +112,13 @@ _VARIABLES: Final = {
 _TALK: Final = (("user", "first words"), ("assistant", "second words"), ("user", "third words"))
 
 
-def chosen_template(wanted: str, checkpoints: Sequence[Checkpoint], warnings: list[str]) -> str | None:
+def chosen_template(
+    wanted: str, checkpoints: Sequence[Checkpoint], known: Collection[str], warnings: list[str]
+) -> str | None:
     """The text of the template that a recipe asks for; None where `auto` finds none. Adds to the warnings.
 
-    `auto` is the most common of the models, of equally common ones the first in the recipe.
+    `auto` is the most common of the models, of equally common ones the first in the recipe. `known` are the variables
+    that the output's tokenizer sets besides the usual ones.
 
     Raises:
         ConfigError: no such name, or a text that is no template.
@@ -134,7 +137,7 @@ def chosen_template(wanted: str, checkpoints: Sequence[Checkpoint], warnings: li
                 "the text of a Jinja template"
             )
         return TEMPLATES[wanted]
-    check_template(wanted)
+    warnings += check_template(wanted, known)
     return wanted
 
 
@@ -161,11 +164,11 @@ def template_of(sidecars: Sequence[Path]) -> str | None:
     return None
 
 
-def check_template(text: str) -> None:
-    """Compile a template as transformers does, and render a short talk with it.
+def check_template(text: str, known: Collection[str] = ()) -> list[str]:
+    """Compile a template as transformers does, and render a short talk with it; returns warnings.
 
     Raises:
-        ConfigError: it does not parse, names what nobody sets, or leaves out what was said.
+        ConfigError: it does not parse, or it names what nobody sets. (What it refuses by `raise_exception` is its own.)
     """
     from jinja2 import TemplateError, meta, nodes
 
@@ -182,23 +185,32 @@ def check_template(text: str) -> None:
         if test.name in ("defined", "undefined", "default", "d")
         for name in test.find_all(nodes.Name)
     }
-    if unknown := sorted(meta.find_undeclared_variables(parsed) - _VARIABLES - guarded):
-        shown = ", ".join(f"{name!r}{did_you_mean(name, _VARIABLES)}" for name in unknown[:3])
+    usual = _VARIABLES | set(known)
+    if unknown := sorted(meta.find_undeclared_variables(parsed) - usual - guarded):
+        shown = ", ".join(f"{name!r}{did_you_mean(name, usual)}" for name in unknown[:3])
         raise ConfigError(
             f"chat_template: names {shown}, which nobody sets; guard it with `is defined` if it is optional"
         )
     said: list[str] = []
-    reason: Exception | None = None
+    failed: list[Exception] = []
     for as_parts in (False, True):  # processors pass the content in parts
         try:
             said.append(template.render(**_conversation(as_parts=as_parts)))
+        except _RefusedError:
+            return []
         except (TemplateError, TypeError, ValueError, KeyError) as e:
-            said.append("")
-            reason = e
-    if not any(said):
-        raise ConfigError(f"chat_template: cannot render a talk of user, assistant and user: {reason}") from reason
+            failed.append(e)
+    if not said:
+        raise ConfigError(f"chat_template: cannot render a talk of user, assistant and user: {failed[0]}") from failed[
+            0
+        ]
     if all(any(words not in text for _, words in _TALK) for text in said):
-        raise ConfigError("chat_template: leaves out what user or assistant said (`message.content`)")
+        return ["chat_template: leaves out something that user or assistant said"]
+    return []
+
+
+class _RefusedError(Exception):
+    """A template's own `raise_exception`."""
 
 
 def _conversation(*, as_parts: bool) -> dict[str, Any]:
@@ -211,7 +223,7 @@ def _environment() -> Any:
     """As transformers sets it up: its sandbox, loop controls, `generation` blocks and three functions."""
     from datetime import datetime
 
-    from jinja2 import TemplateError, ext, nodes
+    from jinja2 import ext, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(ext.Extension):
@@ -225,7 +237,7 @@ def _environment() -> Any:
             return nodes.Scope(body).set_lineno(line)
 
     def raise_exception(message: str) -> None:
-        raise TemplateError(message)
+        raise _RefusedError(message)
 
     def tojson(value: Any, **options: Any) -> str:
         return json.dumps(value, **{"ensure_ascii": False, **options})

@@ -65,7 +65,10 @@ def files_of(alignment: Alignment, chat_template: str | None, *, union: bool) ->
             added = sorted(output.added.items(), key=lambda item: output.vocabulary[item[0]])
             settings["added_tokens_decoder"] = {str(output.vocabulary[t]): {"content": t, **s} for t, s in added}
     if chat_template is not None:
-        text = chosen_template(chat_template, alignment.models.checkpoints, warnings)
+        extra = settings.get("extra_special_tokens")
+        known = [*settings, *(extra if isinstance(extra, dict) else ())]
+        names = [name for name in known if name.endswith("_token")]
+        text = chosen_template(chat_template, alignment.models.checkpoints, names, warnings)
         mine = template_of(donor.sidecars)
         if text is not None and (mine is None or mine.strip() != text.strip()):
             written["chat_template.jinja"] = text
