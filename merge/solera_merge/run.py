@@ -77,7 +77,7 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
         CheckpointWriter(staging, plan.specs, early_flush=ctx.flush) as writer,
         ExitStack() as beside,
     ):
-        write_metadata(staging, config=plan.config, sidecars=plan.sidecars)
+        write_metadata(staging, config=plan.config, sidecars=plan.sidecars, files=plan.files)
         reload = _reload_check(staging, plan, models, ctx, beside)
         execute(
             plan.tensors,
