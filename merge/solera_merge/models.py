@@ -57,11 +57,13 @@ class Models:
         checkpoints: one each, in order of appearance in the recipe, the base last where it is named only as such.
         index: position in `checkpoints` of every reference that the recipe uses.
         owner: position of the model whose config.json the output gets: the base, else the first.
+        inputs: `checkpoints` as they were opened, before the recipe's tokenizer changes how they are seen.
     """
 
     checkpoints: tuple[Checkpoint, ...]
     index: dict[str, int]
     owner: int
+    inputs: tuple[Checkpoint, ...]
 
     def ref(self, model: int) -> str:
         """How the recipe calls a model."""
@@ -94,7 +96,8 @@ def open_models(config: MergeConfig, ctx: Context) -> Models:
             checkpoints.append(checkpoint)
         index[ref] = known[identity]
     problems.raise_any()
-    return Models(tuple(checkpoints), index, index[config.base_model] if config.base_model is not None else 0)
+    owner = index[config.base_model] if config.base_model is not None else 0
+    return Models(tuple(checkpoints), index, owner, tuple(checkpoints))
 
 
 def compare(models: Models, *, whole: bool, tokenizers: bool) -> list[str]:

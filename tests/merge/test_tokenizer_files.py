@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError, ConfigError, InputError
 from solera_merge.config import MergeConfig
@@ -163,6 +164,19 @@ def test_a_killed_run_with_another_template_is_not_gone_on_with(recipe: Recipe, 
     ctx = Context(models=siblings)
     keys = {plan_key(*make_plan(recipe(**linear("a", "b", chat_template=t)), ctx)) for t in ("chatml", "alpaca")}
     assert len(keys) == 2
+
+
+def test_the_record_tells_the_inputs_as_they_are(recipe: Recipe, variant: Variant, tmp_path: Path) -> None:
+    """Not as the merge sees them: `solera verify --rebuild` opens them anew, and makes the same bytes."""
+    from solera.rebuild import rebuild
+
+    a, b = variant("a", "<x>"), variant("b", "<y>", of="b")
+    source = {"kind": "model_token", "model": str(b), "token": "<y>"}
+    content = linear(str(a), str(b), tokenizer={"tokens": {"<x>": {"source": str(a)}, "<new>": {"source": source}}})
+    out = merge(recipe(**content), tmp_path / "out", Context())
+    inputs = config_of(out, "solera.json")["inputs"]
+    assert [i["digest"] for i in inputs] == [open_checkpoint(p, Context()).digest() for p in (a, b)]
+    assert rebuild(out, Context()).problems == ()
 
 
 # Chat templates
