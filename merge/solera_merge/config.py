@@ -143,6 +143,13 @@ class MergeConfig(Strict):
         return METHODS[self.merge_method]
 
     @property
+    def wanted_tokenizer(self) -> TokenizerConfig | None:
+        """The tokenizer that the recipe asks for, in either way."""
+        if self.tokenizer_source is None:
+            return self.tokenizer
+        return TokenizerConfig(source=self.tokenizer_source)
+
+    @property
     def parts(self) -> dict[str | None, OutputModule]:
         """How each part of the output is made, by module; None: the whole model is one part."""
         named = self.modules or self.towers
@@ -158,13 +165,6 @@ class MergeConfig(Strict):
     def methods(self) -> list[Method]:
         """Every method that is used."""
         return list(dict.fromkeys(self.method_of(part) for part in self.parts.values()))
-
-    @property
-    def wanted_tokenizer(self) -> TokenizerConfig | None:
-        """The tokenizer that the recipe asks for, in either way."""
-        if self.tokenizer_source is None:
-            return self.tokenizer
-        return TokenizerConfig(source=self.tokenizer_source)
 
     @field_validator("merge_method")
     @classmethod

@@ -58,6 +58,7 @@ class Models:
         towers: of every model.
         fills: where a model is no whole model of the owner's kind: the owner's tower that it is, and the same in the
             model itself.
+        inputs: as opened, under their own names and with their own vocabularies.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -65,6 +66,7 @@ class Models:
     owner: int
     towers: tuple[tuple[Tower, ...], ...]
     fills: tuple[tuple[Tower, Tower] | None, ...]
+    inputs: tuple[Checkpoint, ...]
 
     def ref(self, model: int) -> str:
         """How the recipe calls a model."""
@@ -179,7 +181,8 @@ def _named_alike(
 ) -> Models:
     """The models under the owner's names; those that are but a tower of it, as that tower."""
     if not opened:
-        return Models((), index, 0, (), ())
+        return Models((), index, 0, (), (), ())
+    inputs = tuple(opened)
     towers = [towers_of(checkpoint.tensors) for checkpoint in opened]
     first = opened[owner]
     fills: list[tuple[Tower, Tower] | None] = [None] * len(opened)
@@ -200,7 +203,7 @@ def _named_alike(
         elif i != owner:
             opened[i] = align(checkpoint, towers[i], towers[owner])
             towers[i] = towers[i] if opened[i] is checkpoint else towers_of(opened[i].tensors)
-    return Models(tuple(opened), index, owner, tuple(towers), tuple(fills))
+    return Models(tuple(opened), index, owner, tuple(towers), tuple(fills), inputs)
 
 
 def _tower_sources(config: MergeConfig) -> list[tuple[str, str]]:

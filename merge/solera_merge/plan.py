@@ -15,7 +15,6 @@ from typing import Any
 from blake3 import blake3
 
 from solera_core.architecture import fused_experts, has_tokens_beyond_vocabulary, is_embedding, is_head, vocab_size
-from solera_core.checkpoint import Checkpoint
 from solera_core.context import Context
 from solera_core.digest import json_digest
 from solera_core.dtypes import FLOATS, ITEM_BYTES, SAFETENSORS_NAME
@@ -23,7 +22,6 @@ from solera_core.errors import CheckpointError, ResourceError
 from solera_core.licence import concerns, read_licence
 from solera_core.plan import Plan
 from solera_core.ranges import stamp
-from solera_core.sidecars import tokenizer_files
 from solera_core.version import __version__
 from solera_core.writer import TensorSpec, layout
 from solera_merge.block import BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS, block_starts
@@ -37,9 +35,9 @@ from solera_merge.problems import Problems
 from solera_merge.resolve import check_filters, resolve
 from solera_merge.runs import parts_of
 from solera_merge.targets import Target, find_targets
-from solera_merge.tokenizer.align import Alignment, align
-from solera_merge.tokenizer.files import files_of, with_vocabulary
-from solera_merge.vocabulary import check_tokenizer
+from solera_merge.tokenizer.align import Alignment, align_vocabularies
+from solera_merge.tokenizer.files import OutputFiles, files_of, with_vocabulary
+from solera_merge.tokenizer.models import donor_of, has_tokenizer
 
 __all__ = [
     "COPY",
@@ -176,6 +174,8 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     if not all_here or len({family_of(c.config) for c in wholes}) > 1:
         check_filters(config, names, problems)
         problems.raise_any()  # all that could be said besides would follow from this
+    donor = donor_of(config, models, problems)
+    alignment, beside = Alignment(models, models.owner if donor is None else donor), OutputFiles((), {}, ())
     known = len(problems.found)
     parts = parts_of(config, models, problems)
     sound = len(problems.found) == known
@@ -183,15 +183,15 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
         check_filters(config, names, problems)
     if not sound and not plain:
         problems.raise_any()
-    alignment, known = Alignment(models, models.owner), len(problems.found)
-    with problems.collected():
-        alignment = align(config, models, parts)
-    aligned = len(problems.found) == known
+    aligned = config.wanted_tokenizer is None
+    if donor is not None:
+        with problems.collected():
+            if sound:
+                alignment, aligned = align_vocabularies(config, models, parts, donor), True
+        with problems.collected():
+            beside = files_of(alignment, config)
     models = alignment.models
-    donor = models.checkpoints[alignment.donor]
-    if aligned:
-        _check_donor(config, donor, models, problems)
-    warnings += alignment.warnings
+    warnings += [*alignment.warnings, *beside.warnings]
     targets, notes = find_targets(parts, models, problems)
     warnings += notes
     _check_shapes(targets, models, problems, vocabularies=aligned)
@@ -210,11 +210,8 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     warnings += notes
     warnings += with_vocabulary(content, alignment)
     _check_vocabulary(tensors, content, models)
-    if not _has_tokenizer(donor):
-        warnings.append(f"{donor.path}: has no tokenizer, and no other model here has one: the output will have none")
-    union = config.wanted_tokenizer is not None and config.wanted_tokenizer.source == "union"
-    beside = files_of(alignment, config.chat_template, union=union)
-    warnings += beside.warnings
+    if not has_tokenizer(owner := models.checkpoints[alignment.donor]):
+        warnings.append(f"{owner.path}: has no tokenizer, and no other model here has one: the output will have none")
     warnings += concerns([read_licence(c.ref, d) for c in models.checkpoints for d in c.directories])
     if config.parameters.get("int8_mask"):
         warnings.append("parameters.int8_mask: has no effect (no mask is stored)")
@@ -350,7 +347,7 @@ def _row(tensor: TensorPlan, models: Models, parameters: Sequence[str]) -> dict[
 
 
 def _check_shapes(targets: Sequence[Target], models: Models, problems: Problems, *, vocabularies: bool) -> None:
-    """One line for every two models and kind of difference; sizes of vocabularies only where they are to agree."""
+    """One line for every two models and kind of difference; those of the `vocabularies` may be known already."""
     found: dict[tuple[int, int], list[str]] = {}
     for target in targets:
         infos = [
@@ -364,12 +361,12 @@ def _check_shapes(targets: Sequence[Target], models: Models, problems: Problems,
             both = f"{first.file}: {first.name!r} is {first.shape}, {info.file}: {info.name!r} is {info.shape}"
             rows = is_embedding(first.name) or is_head(first.name)
             if rows and first.shape[1:] == info.shape[1:]:
-                if not vocabularies:
-                    continue
-                problems.checkpoint(
-                    f"{both}: the vocabularies of {models.ref(first_model)!r} and {models.ref(model)!r} have different "
-                    "sizes; `tokenizer_source: union` (or `base`, or one of the models) gives them one vocabulary"
-                )
+                if vocabularies:
+                    problems.checkpoint(
+                        f"{both}: the vocabularies of {models.ref(first_model)!r} and {models.ref(model)!r} have "
+                        "different sizes; `tokenizer_source: union` (or `base`, or one of the models) gives them one "
+                        "vocabulary"
+                    )
             else:
                 found.setdefault((first_model, model), []).append(both)
     for lines in found.values():
@@ -442,25 +439,3 @@ def _main_dtype(tensors: Sequence[TensorPlan]) -> str:
         if tensor.dtype in FLOATS:
             total[tensor.dtype] += tensor.spec.size * ITEM_BYTES[tensor.dtype]
     return total.most_common(1)[0][0] if total else "F32"
-
-
-def _has_tokenizer(checkpoint: Checkpoint) -> bool:
-    return bool(tokenizer_files(file.name for file in checkpoint.sidecars))
-
-
-def _check_donor(config: MergeConfig, donor: Checkpoint, models: Models, problems: Problems) -> None:
-    """The model whose tokenizer the output gets must have a readable one, if any model has."""
-    with problems.collected():
-        check_tokenizer(donor)
-    if _has_tokenizer(donor):
-        return
-    if owners := [c.ref for c in models.checkpoints if _has_tokenizer(c)]:
-        problems.config(
-            f"tokenizer_source: {donor.ref!r} ({donor.path}), whose tokenizer the output would get, has none; "
-            f"set `tokenizer_source: {owners[0]}`"
-            + (f" (or one of {', '.join(owners[1:])})" if owners[1:] else "")
-            + ", or copy the tokenizer files into that directory"
-        )
-    elif config.wanted_tokenizer is not None or config.chat_template is not None:
-        asked = "tokenizer" if config.wanted_tokenizer is not None else "chat_template"
-        problems.config(f"{asked}: none of the models has a tokenizer; remove it from the recipe")

@@ -449,6 +449,42 @@ def test_a_model_with_all_tokens_has_its_likelihoods(recipe: Recipe, model: Mode
     assert nll(scores(out, ids, every), ids) == nll(scores(b, ids, every), ids)
 
 
+@pytest.mark.parametrize("source", ["base", "union"])
+def test_a_language_model_of_other_tokens_into_a_tower(
+    recipe: Recipe, weights: Weights, tmp_path: Path, source: str
+) -> None:
+    """Tokens that only the vision-language model has (its image token) keep its rows; the others meet by token."""
+    from dataclasses import replace
+
+    from tests.merge.families import FAMILIES, context
+
+    first, second = sentencepiece(PROSE, 50, added=[("<image>", True)]), sentencepiece(PROSE + CODE, 60)
+    text = replace(FAMILIES["llama"], settings={**FAMILIES["llama"].settings, "vocab_size": second.get_vocab_size()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what transformers warns about in some families is its own
+        paths = {"vlm": FAMILIES["llava"].build(tmp_path / "vlm", 0), "text": text.build(tmp_path / "text", 1)}
+        save(first, paths["vlm"])
+        save(second, paths["text"])
+        config = recipe(
+            merge_method="linear",
+            base_model="vlm",
+            towers={"language": {"models": [{"model": "vlm"}, {"model": "text"}], "parameters": {"weight": 0.5}}},
+            tokenizer_source=source,
+        )
+        out = merge(config, tmp_path / "out", context(paths))
+    vlm, other, merged = (weights(p) for p in (paths["vlm"], paths["text"], out))
+    found, mine, theirs = (vocabulary(p) for p in (out, paths["vlm"], paths["text"]))
+    assert found.keys() == (mine.keys() | theirs.keys() if source == "union" else mine.keys())
+    for table in TABLES:
+        name = next(n for n in merged if n.endswith(table.removeprefix("model.")))
+        for token, i in found.items():
+            rows = [vlm[name][mine[token]]] if token in mine else []
+            rows += [other[table][theirs[token]]] if token in theirs else []
+            np.testing.assert_allclose(merged[name][i], sum(rows) / len(rows), rtol=1e-5, atol=1e-7)
+    assert found["<image>"] == mine["<image>"]
+    assert any("vision" in name for name in merged)
+
+
 def test_gpt2_and_gpt_neox(recipe: Recipe, make_model: MakeModel, shared_data: Path, tmp_path: Path) -> None:
     """Both byte-level, with other merge rules, and in the second added tokens for runs of spaces.
 

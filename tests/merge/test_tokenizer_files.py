@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError, ConfigError, InputError
 from solera_merge.config import MergeConfig
@@ -163,6 +164,19 @@ def test_a_killed_run_with_another_template_is_not_gone_on_with(recipe: Recipe, 
     ctx = Context(models=siblings)
     keys = {plan_key(*make_plan(recipe(**linear("a", "b", chat_template=t)), ctx)) for t in ("chatml", "alpaca")}
     assert len(keys) == 2
+
+
+def test_the_record_tells_the_inputs_as_they_are(recipe: Recipe, variant: Variant, tmp_path: Path) -> None:
+    """Not as the merge sees them: `solera verify --rebuild` opens them anew, and makes the same bytes."""
+    from solera.rebuild import rebuild
+
+    a, b = variant("a", "<x>"), variant("b", "<y>", of="b")
+    source = {"kind": "model_token", "model": str(b), "token": "<y>"}
+    content = linear(str(a), str(b), tokenizer={"tokens": {"<x>": {"source": str(a)}, "<new>": {"source": source}}})
+    out = merge(recipe(**content), tmp_path / "out", Context())
+    inputs = config_of(out, "solera.json")["inputs"]
+    assert [i["digest"] for i in inputs] == [open_checkpoint(p, Context()).digest() for p in (a, b)]
+    assert rebuild(out, Context()).problems == ()
 
 
 # Chat templates
@@ -507,16 +521,28 @@ def test_texts_that_are_split_otherwise_are_told(recipe: Recipe, variant: Varian
     assert str(a) not in warning
 
 
-def test_tables_with_rows_for_some_tokens_are_refused(
-    refused: Refused, siblings: dict[str, Path], variant: Variant
+def test_tables_with_rows_for_some_tokens_are_not_moved(
+    refused: Refused, recipe: Recipe, variant: Variant, tmp_path: Path
 ) -> None:
     from safetensors.numpy import load_file, save_file
 
-    for name in "ab":
-        path = variant(name, of=name)
+    for name, tokens in (("a", ["<x>"]), ("b", ["<x>"]), ("c", ["<y>"])):
+        path = variant(name, *tokens, of=name)
         tensors = load_file(path / "model.safetensors")
         tensors["model.embed_tokens_per_layer.weight"] = np.zeros((290, 8), np.float32)
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    message = refused(CheckpointError, **linear("a", "b", tokenizer_source="union"))
-    assert "'model.embed_tokens_per_layer.weight' (290, 8) has a row for some of the tokens only" in message
-    assert siblings
+    message = refused(CheckpointError, **linear("a", "c", tokenizer_source="union"))
+    assert "'model.embed_tokens_per_layer.weight' (290, 8) has other rows than the embedding (304)" in message
+    _, models = make_plan(recipe(**linear("a", "b", tokenizer_source="union")), Context(base_dir=tmp_path))
+    assert not any(c.is_derived(name) for c in models.checkpoints for name in c.tensors)
+
+
+def test_what_is_wrong_with_tokenizers_is_told_beside_the_rest(refused: Refused, variant: Variant) -> None:
+    variant("a", "<x>")
+    variant("b", of="b")
+    models = [{"model": "a", "parameters": {"weight": [{"filter": "self_atn", "value": 1}, {"value": 1}]}}, "b"]
+    tokens = {"<x>": {"source": {"kind": "model_token", "model": "b", "token": "<z>"}}}
+    content: dict[str, Any] = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
+    message = refused(ConfigError, **content, tokenizer={"tokens": tokens}, chat_template="{{ nobody }}")
+    for words in ("'b' has no token '<z>'", "names 'nobody'", "filter 'self_atn' matches no tensor"):
+        assert words in message

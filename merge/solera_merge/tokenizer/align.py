@@ -5,7 +5,7 @@
 Where all models have the output's vocabulary already, nothing is moved, and the tokenizer's files are copied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,18 +17,17 @@ from solera_core.views import Derived, view
 from solera_merge.config import MergeConfig
 from solera_merge.models import Models
 from solera_merge.problems import Problems, some
-from solera_merge.runs import Part, Run
+from solera_merge.runs import Part
 from solera_merge.targets import lies_before
 from solera_merge.tokenizer.agreement import disagreement
-from solera_merge.tokenizer.config import TokenizerConfig
-from solera_merge.tokenizer.models import Tokenizers, donor_of, read_tokenizers
+from solera_merge.tokenizer.models import Tokenizers, read_tokenizers
 from solera_merge.tokenizer.output import fills_of, output_rows, output_tokenizer
 from solera_merge.tokenizer.permute import permuted
 from solera_merge.tokenizer.read import ModelTokenizer
-from solera_merge.tokenizer.rows import ZERO, Origins, origins, own_rows
+from solera_merge.tokenizer.rows import ZERO, Origins, RowFill, origins, own_rows
 from solera_merge.tokenizer.tensors import vocabulary_tensors
 
-__all__ = ["Alignment", "align"]
+__all__ = ["Alignment", "align_vocabularies"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,9 @@ class Alignment:
     Attributes:
         models: as the merge sees them, all with the output's vocabulary.
         donor: number of the model whose tokenizer the output's is, or is made from.
-        tokenizers: of the models; None where the recipe asks for no tokenizer (or the donor has none).
+        tokenizers: of the models; None where the recipe asks for no tokenizer.
         output: the output's tokenizer, where it is not the donor's.
-        rows: of the output's embedding, where `tokenizers` are there.
+        rows: of the output's tables, where they are moved.
         warnings: what a careful person would want to know.
     """
 
@@ -52,45 +51,48 @@ class Alignment:
     warnings: tuple[str, ...] = ()
 
 
-def align(config: MergeConfig, models: Models, parts: Sequence[Part]) -> Alignment:
-    """The models as seen through the tokenizer that the recipe asks for.
+def align_vocabularies(config: MergeConfig, models: Models, parts: Sequence[Part], donor: int) -> Alignment:
+    """The models as seen through the tokenizer that the recipe asks for; `donor` gives it, or what it is made from.
 
     Raises:
         ConfigError: it asks for a model or a token that is not there.
-        CheckpointError: a tokenizer cannot be read, or not be combined with the others.
+        CheckpointError: a tokenizer cannot be read, or not be combined with the others; a table cannot be moved.
     """
     wanted = config.wanted_tokenizer
-    where = "tokenizer_source" if config.tokenizer is None else "tokenizer.source"
-    donor = donor_of(None if wanted is None else wanted.source, models, where)
-    warnings: list[str] = []
-    all_ = None if wanted is None else read_tokenizers(models, donor, warnings)
-    if wanted is None or all_ is None:
+    if wanted is None:
         return Alignment(models, donor)
+    warnings: list[str] = []
+    all_ = read_tokenizers(models, donor, warnings)
     output = output_tokenizer(wanted, all_, warnings)
     rows = output_rows(output, wanted, all_.rows[donor])
-    tables = _tables(wanted, parts, all_, output, rows, warnings)
-    seen = tuple(_seen(c, tables[i]) for i, c in enumerate(models.checkpoints))
+    fills = fills_of(wanted.tokens, output, all_)
+    changed = output if output.content != all_.own[donor].content else None
     warnings += _other_splits(all_, output)
-    changed = output.content != all_.own[donor].content
-    aligned = replace(models, checkpoints=seen)
-    return Alignment(aligned, donor, all_, output if changed else None, rows, tuple(warnings))
+    alike = all(own.vocabulary == output.vocabulary and all_.rows[i] == rows for i, own in all_.own.items())
+    if alike and not any(fill.force for fill in fills.values()):
+        return Alignment(models, donor, all_, changed, None, tuple(warnings))
+    tables = _tables(config, parts, all_, output, rows, fills, warnings)
+    seen = tuple(_seen(c, tables[i]) for i, c in enumerate(models.checkpoints))
+    return Alignment(replace(models, checkpoints=seen), donor, all_, changed, rows, tuple(warnings))
 
 
 def _tables(
-    wanted: TokenizerConfig,
+    config: MergeConfig,
     parts: Sequence[Part],
     all_: Tokenizers,
     output: ModelTokenizer,
     rows: int,
+    fills: Mapping[int, RowFill],
     warnings: list[str],
 ) -> list[dict[str, tuple[Derived, str]]]:
     """By model and name: the tables whose rows are moved, each with a digest of where they come from.
 
     Raises:
-        ConfigError: see `fills_of`.
-        CheckpointError: a row is to be taken from a model that lacks the tensor.
+        CheckpointError: a table has rows for some of the tokens only; a row is to be taken from a model that lacks the
+            tensor.
     """
-    fills = fills_of(wanted.tokens, output, all_)
+    wanted = config.wanted_tokenizer
+    assert wanted is not None
     ids = list(output.vocabulary.values())
     tokens = np.zeros(rows, np.bool_)
     tokens[ids] = True
@@ -102,11 +104,19 @@ def _tables(
     found: dict[tuple[tuple[int, ...], int | None], dict[int, Origins]] = {}
     problems = Problems()
     for name in dict.fromkeys(name for c in checkpoints.values() for name in vocabulary_tensors(c)):
-        run = _run_of(name, parts)
-        sources = tuple(s.model for s in run.sources if name in checkpoints[s.model].tensors)
-        if len({checkpoints[i].tensors[name].shape[1:] for i in sources}) != 1:
+        members, base = _made_of(name, config, parts, all_.models)
+        sources = tuple(m for m in members if name in checkpoints[m].tensors)
+        infos = {m: checkpoints[m].tensors[name] for m in sources}
+        if len({info.shape[1:] for info in infos.values()}) != 1:
             continue  # not part of the output, or the plan refuses its shapes
-        key = (sources, run.named_base if run.named_base in sources else None)
+        if short := [m for m in sources if infos[m].shape[0] != all_.rows[m]]:
+            problems.checkpoint(
+                f"{infos[short[0]].file}: {name!r} {infos[short[0]].shape} has other rows than the embedding "
+                f"({all_.rows[short[0]]}), so it cannot be moved to another vocabulary; leave the tokenizer out (all "
+                "models must have the same tokens then)"
+            )
+            continue
+        key = (sources, base if base in sources else None)
         if key not in found:
             found[key] = origins(
                 sources,
@@ -124,8 +134,7 @@ def _tables(
                 continue
             if lacking := [all_.models.ref(m) for m in rows_of.givers() if name not in checkpoints[m].tensors]:
                 problems.checkpoint(
-                    f"{checkpoints[i].tensors[name].file}: rows of {name!r} are to come from {some(lacking)}, which "
-                    "lacks it"
+                    f"{infos[i].file}: rows of {name!r} are to come from {some(lacking)}, which lacks it"
                 )
                 continue
             tables[i][name] = permuted(name, i, checkpoints, rows_of), _digest(rows_of)
@@ -133,10 +142,21 @@ def _tables(
     return tables
 
 
-def _run_of(name: str, parts: Sequence[Part]) -> Run:
-    """What makes a table of the output: the first run of its part, or the last one for what lies behind the layers."""
-    part = next((p for p in parts if p.tower is None or name in p.tower.tensors), parts[0])
-    return part.runs[0 if lies_before(name) else -1]
+def _made_of(name: str, config: MergeConfig, parts: Sequence[Part], models: Models) -> tuple[list[int], int | None]:
+    """The models that a table is merged from, and the base that the recipe names there, whether or not it is used.
+
+    Tables before the layers belong to the first run of their part, the others to the last.
+    """
+    at = 0 if lies_before(name) else -1
+    settings = list(config.parts.values())
+    for i, part in enumerate(parts):
+        if part.tower is not None and name not in part.tower.tensors:
+            continue
+        wanted = settings[i] if i < len(settings) else None  # behind them: what `towers` copies
+        slices = None if wanted is None else wanted.slices
+        ref = (slices[at].base_model if slices else None) or (wanted and wanted.base_model) or config.base_model
+        return [source.model for source in part.runs[at].sources], None if ref is None else models.index[ref]
+    return [], None
 
 
 def _spare(tokenizer: ModelTokenizer, rows: int) -> npt.NDArray[np.bool_]:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from solera_core.architecture import text_config
 from solera_core.checkpoint import Checkpoint
 from solera_core.sidecars import tokenizer_files
+from solera_merge.config import MergeConfig
 from solera_merge.problems import some
 from solera_merge.tokenizer.align import Alignment
 from solera_merge.tokenizer.chat import MARKS, chosen_template, template_of
@@ -38,19 +39,19 @@ class OutputFiles:
     warnings: tuple[str, ...]
 
 
-def files_of(alignment: Alignment, chat_template: str | None, *, union: bool) -> OutputFiles:
+def files_of(alignment: Alignment, config: MergeConfig) -> OutputFiles:
     """The donor's files, with what the recipe changes in them.
 
     Args:
         alignment: of the models.
-        chat_template: as in the recipe.
-        union: the tokens of all models were put together, so that each model's end of text ends a generation.
+        config: its `chat_template`; and in a union of tokens each model's end of text ends a generation.
 
     Raises:
         ConfigError: a chat template that is none.
         CheckpointError: a file of the donor or a template cannot be read.
     """
     warnings: list[str] = []
+    chat_template, wanted = config.chat_template, config.wanted_tokenizer
     donor = alignment.models.checkpoints[alignment.donor]
     folders = [file for file in donor.sidecars if file.suffix == ".jinja" and file.name != "chat_template.jinja"]
     copied = {file.name: file for file in donor.sidecars if file not in folders}
@@ -77,7 +78,7 @@ def files_of(alignment: Alignment, chat_template: str | None, *, union: bool) ->
                 copied.pop(name, None)
     if json.dumps(settings) != before:
         written["tokenizer_config.json"] = settings
-    if union and alignment.tokenizers is not None:
+    if wanted is not None and wanted.source == "union" and alignment.tokenizers is not None:
         generation = _all_ends(alignment, alignment.tokenizers, warnings)
         if generation is not None:
             written["generation_config.json"] = generation
@@ -98,24 +99,26 @@ def with_vocabulary(content: dict[str, Any], alignment: Alignment) -> list[str]:
     not state is the id of the same token.
     """
     all_, owner, donor = alignment.tokenizers, alignment.models.owner, alignment.donor
-    if all_ is None or alignment.rows is None:
+    if all_ is None:
         return []
     levels = _levels(content)
-    for level in [level for level in levels if "vocab_size" in level] or levels[-1:]:
-        level["vocab_size"] = alignment.rows
+    if alignment.rows is not None:
+        for level in [level for level in levels if "vocab_size" in level] or levels[-1:]:
+            level["vocab_size"] = alignment.rows
     output = alignment.output if alignment.output is not None else all_.own[donor]
-    warnings: list[str] = []
-    theirs = alignment.models.checkpoints[donor].config
-    for level, other in zip(_levels(content), _levels(theirs), strict=False):
-        if owner != donor:
-            for key in [k for k in level if _TOKEN_KEY.search(k)]:
-                level[key] = other[key] if key in other else _moved(level[key], all_.own[owner], output)
-            level.update({key: other[key] for key in _ENDS if key in other})
+    theirs = _levels(alignment.models.checkpoints[donor].config)
+    pairs = [(levels[-1], theirs[-1]), *([(levels[0], theirs[0])] if len(levels) > 1 else [])]
+    for level, other in pairs if owner != donor else ():
         for key in [k for k in level if _TOKEN_KEY.search(k)]:
-            wrong = [i for i in _ids(level[key]) if i >= alignment.rows]
-            if wrong:
-                warnings.append(f"config.json: `{key}` is {level[key]}, which no row of the vocabulary has")
-    return warnings
+            level[key] = other[key] if key in other else _moved(level[key], all_.own[owner], output)
+    if owner != donor:
+        levels[-1].update({key: theirs[-1][key] for key in _ENDS if key in theirs[-1]})
+    return [
+        f"config.json: `{key}` is {level[key]}, and the vocabulary has no such row"
+        for level in levels
+        for key in level
+        if alignment.rows is not None and _TOKEN_KEY.search(key) and any(i >= alignment.rows for i in _ids(level[key]))
+    ]
 
 
 def _levels(config: dict[str, Any]) -> list[dict[str, Any]]:

@@ -15,13 +15,15 @@ _OUTSIDE: Final = re.compile(
 )
 _INSIDE: Final = re.compile(r"\.(embed_tokens|shared_head\.head|lm_head)\.(weight|bias)$")  # multi-token prediction
 _OTHER: Final = re.compile(r"vision|visual|image|video|audio|speech|patch|position|token_type|norm|\.\d+\.", re.I)
+_PARTIAL: Final = "embed_tokens_per_layer"  # Gemma 3n: with fewer rows than the embedding
 
 
 def table_rows(checkpoint: Checkpoint) -> int:
-    """Rows of the embedding; 0 where there is no table of tokens."""
-    for name, info in checkpoint.tensors.items():
-        if (is_embedding(name) or is_head(name)) and info.shape:
-            return info.shape[0]
+    """Rows of the embedding, else of the head; 0 where there is no table of tokens."""
+    for is_table in (is_embedding, is_head):
+        for name, info in checkpoint.tensors.items():
+            if is_table(name) and info.shape:
+                return info.shape[0]
     rows = vocab_size(checkpoint.config) or 0
     return rows if any(_has_rows(name, info, rows) for name, info in checkpoint.tensors.items()) else 0
 
@@ -32,7 +34,7 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
     return {
         name: info
         for name, info in checkpoint.tensors.items()
-        if (info.shape and (is_embedding(name) or is_head(name))) or _has_rows(name, info, rows)
+        if (info.shape and (is_embedding(name) or is_head(name) or _PARTIAL in name)) or _has_rows(name, info, rows)
     }
 
 
