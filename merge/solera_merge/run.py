@@ -86,7 +86,7 @@ def merge(config: MergeConfig, out: Path, ctx: Context, *, record: Record | None
         ExitStack() as beside,
     ):
         if not models.raw:
-            write_metadata(staging, config=plan.config, sidecars=plan.sidecars)
+            write_metadata(staging, config=plan.config, sidecars=plan.sidecars, files=plan.files)
         reload = _reload_check(staging, plan, models, ctx, beside)
         execute(
             plan.tensors,
@@ -97,8 +97,8 @@ def merge(config: MergeConfig, out: Path, ctx: Context, *, record: Record | None
             progress=ctx.progress,
             device=_device(plan, ctx),
         )
-        inputs = [input_record(checkpoint, attest=ctx.attest) for checkpoint in models.checkpoints]
-        for checkpoint in models.checkpoints:
+        inputs = [input_record(checkpoint, attest=ctx.attest) for checkpoint in models.inputs]
+        for checkpoint in models.inputs:
             checkpoint.require_unchanged()
         digests = writer.finish()
         checks = (
