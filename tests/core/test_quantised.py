@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError
-from solera_core.quantised import strips
+from solera_core.quantised import parts, strips
 from solera_core.quantised.catalogue import FORMATS
 
 Tensors = Mapping[str, torch.Tensor]
@@ -340,6 +340,25 @@ def test_4_bits_of_bitsandbytes(opened: Open, kind: str, nested: bool, storage: 
     model = opened(tensors | {"n.weight": scale(3)}, "bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type=kind)
     check(model, "a.weight", expected)
     assert sorted(model.tensors) == ["a.weight", "n.weight"]
+
+
+def test_rows_read_by_themselves_in_chunks_and_from_pickles(
+    opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {
+        "a.qweight": words(ints(0, 16, 96, 64), 4, axis=0),
+        "a.qzeros": words(ints(0, 16, 3, 64), 4, axis=1),
+        "a.scales": scale(3, 64),
+    }
+    model = opened(tensors, "gptq", bits=4, group_size=32)
+    whole = model.read("a.weight")
+    for near, chunk in ((0, 1), (1 << 13, 600)):
+        monkeypatch.setattr(parts, "_NEAR_BYTES", near)
+        monkeypatch.setattr(parts, "_CHUNK_BYTES", chunk)
+        check(opened(tensors, "gptq", bits=4, group_size=32), "a.weight", whole)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    check(open_checkpoint(tmp_path, Context(allow_pickle=True), dequantise=True), "a.weight", whole)
 
 
 # what the view says

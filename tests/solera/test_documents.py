@@ -216,6 +216,23 @@ def test_the_plan_shows_all(siblings: Siblings) -> None:
     assert sizes[0] == sizes[1] > sizes[2]
 
 
+def test_a_tokenizer_made_on_the_way_is_there_for_the_plan_of_the_next(siblings: Siblings, tmp_path: Path) -> None:
+    tokens = {"<newer>": {"source": {"kind": "zero"}}}
+    first = LINEAR | {"name": "x", "models": [{"model": "a"}, {"model": "b"}]}
+    first |= {"tokenizer": {"source": "union", "tokens": tokens, "pad_to_multiple_of": 64}}
+    last = LINEAR | {"models": [{"model": "x"}], "tokenizer_source": "x"}
+    config = several(first, last)
+    rows = {
+        row["tensor"]: row["shape"]
+        for row in plan_documents(config, Context(models=siblings)).rows
+        if row["stage"] == "output"
+    }
+    out = merge_documents(config, tmp_path / "out", Context(models=siblings))
+    made = load_file(out / "model.safetensors")
+    assert {name: "x".join(map(str, tensor.shape)) for name, tensor in made.items()} == rows
+    assert "<newer>" in (out / "tokenizer.json").read_text()
+
+
 def test_where_all_have_names_the_last_is_the_output(siblings: Siblings, tmp_path: Path) -> None:
     out = merge_documents(several(HALVES, SCALED, LAST | {"name": "end"}), tmp_path / "o", Context(models=siblings))
     expected = by_hand(siblings, tmp_path / "hand")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from solera_core.dtypes import to_float32
 from solera_core.headers import TensorInfo
 from solera_core.quantised.parts import Float32, Stored
 
@@ -48,7 +49,7 @@ class Grid:
         low, high = int(index.min()), int(index.max()) + 1
         at = slice(low * self.grid_columns, high * self.grid_columns)
         if self.exponents:
-            values = np.ldexp(np.float32(1), stored.raw(self.name, at.start, at.stop).astype(np.int32) - 127)
+            values = to_float32(stored.raw(self.name, at.start, at.stop), "F8_E8M0")
         elif self.integers:
             values = stored.raw(self.name, at.start, at.stop).view(np.int8).astype(np.float32)
         else:

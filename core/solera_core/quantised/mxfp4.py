@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from solera_core.dtypes import to_float32
 from solera_core.quantised.codes import fp4
 from solera_core.quantised.parts import Float32, Scheme, Stored, Weight, by_rows
 from solera_core.quantised.strips import Strips, strip_height
@@ -61,6 +62,6 @@ def _decode(stored: Stored, target: str, expert: int, out: int, first: int, last
     groups, half = stored.tensors[f"{target}_scales"].shape[-1], _BLOCK // 2
     place = {"begin": expert * out, "count": out}
     codes = stored.columns(f"{target}_blocks", begin * half, end * half, width=groups * half, **place)
-    exponents = stored.columns(f"{target}_scales", begin, end, **place).astype(np.int32) - 127
-    values = np.ldexp(fp4(codes).reshape(out, end - begin, _BLOCK), exponents[:, :, None])
+    scales = to_float32(stored.columns(f"{target}_scales", begin, end, **place), "F8_E8M0")
+    values = fp4(codes).reshape(out, end - begin, _BLOCK) * scales[:, :, None]
     return np.ascontiguousarray(values.reshape(out, last - first).T)
