@@ -200,8 +200,8 @@ def test_different_architectures(refused: Refused, make_model: Callable[..., Pat
         ({"hidden_act": "gelu"}, "`hidden_act` is 'silu' and 'gelu'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         (
-            {"quantization_config": {"quant_method": "gptq"}},
-            "`quantization_config` says that the weights are quantised (gptq)",
+            {"quantization_config": {"quant_method": "aqlm"}},
+            "`quantization_config` says that the weights are quantised (aqlm)",
         ),
         ({"auto_map": {"AutoModel": "m.M"}}, "auto_map"),
     ],
@@ -337,17 +337,16 @@ def test_integer_tables_that_differ(refused: Refused, bare_model: Callable[..., 
     assert "tensor 'table' (I64) is not floating-point and differs" in message
 
 
-def test_low_precision_tensors_without_a_quantisation_config(
-    refused: Refused, bare_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_codes_without_a_quantisation_config(refused: Refused, bare_model: Callable[..., Path], tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
     for name in ("x", "y"):
-        bare_model(tmp_path / name, {"w": np.ones(4)})
-        save_file({"w": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / name / "model.safetensors")
+        bare_model(tmp_path / name, {"w": np.ones((4, 4))})
+        tensors = {"w": torch.ones(4, 4).to(torch.float8_e4m3fn), "w_scale_inv": torch.ones(1)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
     message = refused(CheckpointError, **LINEAR, models=["x", "y"], dtype="bfloat16")
-    assert "'w' is stored as F8_E4M3, which cannot be merged; dequantise the model first" in message
+    assert "'w_scale_inv' F32 (1,): belongs to a quantised weight, but config.json has no" in message
 
 
 def test_double_precision_needs_a_word(refused: Refused, bare_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -391,3 +390,43 @@ def test_config_is_not_changed(recipe: Recipe, siblings: Siblings) -> None:
     before = config.model_dump_json()
     make_plan(config, Context(models=siblings))
     assert config.model_dump_json() == before
+
+
+def edit_tensors(path: Path, part: str, value: Any) -> None:
+    """Replace the tensors with `part` in their name."""
+    edit_weights(path, lambda tensors: tensors.update({name: value for name in tensors if part in name}))
+
+
+def test_every_problem_of_every_phase_is_said_at_once(refused: Refused, damaged: Path) -> None:
+    """Heads, shapes, a tensor that is missing, a filter, a weight and a tokenizer: one run, all of them."""
+    edit_config(damaged, num_attention_heads=2)
+    edit_tensors(damaged, "up_proj", np.ones((7, 32), np.float32))
+    edit_weights(damaged, lambda tensors: tensors.pop("model.norm.weight"))
+    message = refused(
+        CheckpointError,
+        **LINEAR | {"parameters": {"weight": [{"filter": "self_atn", "value": 1}, {"filter": "mlp", "value": 1}]}},
+        models=["b", "damaged"],
+        tokenizer_source="c",
+    )
+    for words in (
+        "`num_attention_heads` is 4 and 2",
+        "'model.layers.0.mlp.up_proj.weight' is (48, 32)",
+        "is (7, 32): shapes differ (and those of 1 more tensors)",
+        "has no tensor 'model.norm.weight', which",
+        "filter 'self_atn' matches no tensor",
+        "linear needs `weight` for 'b' (for ",
+        "tokenizer_source: 'c' is none of the models",
+    ):
+        assert words in message
+    assert len(message.splitlines()) == 7  # `weight` is missing for both models
+
+
+def test_models_that_are_missing_do_not_hide_what_is_wrong_with_the_others(refused: Refused, damaged: Path) -> None:
+    edit_config(damaged, hidden_act="gelu")
+    message = refused(
+        CheckpointError,
+        **LINEAR | {"parameters": {"weight": [{"filter": "self_atn", "value": 1}]}},
+        models=["none", "b", "nowhere", "damaged"],
+    )
+    for words in ("'none' not found", "'nowhere' not found", "`hidden_act` is", "filter 'self_atn' matches no tensor"):
+        assert words in message
