@@ -43,6 +43,7 @@ Array = np.ndarray
 _BATCH_TOKENS: Final = 4096
 _LEAST_FIT, _LEAST_HELD_OUT = 8, 2  # documents a domain
 _SOUND_HELD_OUT: Final = 20
+_FOLDS: Final = 4
 _PENALTIES: Final = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -311,9 +312,7 @@ def _fit(config: RouteConfig, inputs: _Inputs, text: _Text, losses: _Losses, loa
         if config.needs_domains
         else per_byte_NE.argmin(axis=1)
     )
-    # A quarter of what the fit may see, evenly over the domains, decides between fits; the winner sees all of it.
     seen = np.flatnonzero(text.fit)
-    choose, learn = seen[::4], np.setdiff1d(seen, seen[::4])
 
     def by_classifier(rows: Array, penalty: float) -> Linear:
         return classifier(x_ND[rows], labels_N[rows], experts, penalty=penalty)
@@ -331,8 +330,11 @@ def _fit(config: RouteConfig, inputs: _Inputs, text: _Text, losses: _Losses, loa
         fits += [("kmeans", {"clusters": k}, partial(by_kmeans, clusters=k)) for k in sizes]
     tried: list[dict[str, Any]] = []
     for name, setting, fit in fits:
-        answers = fit(learn).decide(x_ND[choose])
-        loss, accuracy = per_byte_NE[choose, answers].mean(), (answers == labels_N[choose]).mean()
+        # Four quarters, each evenly over the domains; each is judged by a fit to the other three.
+        answers = np.empty(len(seen), dtype=np.int64)
+        for fold in range(_FOLDS):
+            answers[fold::_FOLDS] = fit(np.delete(seen, np.s_[fold::_FOLDS])).decide(x_ND[seen[fold::_FOLDS]])
+        loss, accuracy = per_byte_NE[seen, answers].mean(), (answers == labels_N[seen]).mean()
         figures = {"bits_per_byte": _figures(loss / math.log(2)), "accuracy": _figures(accuracy)}
         tried.append({"method": name, **setting, **figures})
     best = min(range(len(fits)), key=lambda i: (tried[i]["bits_per_byte"], -tried[i]["accuracy"], i))
