@@ -223,11 +223,11 @@ def _survey(
 
 def _is_plain(tensor: TensorPlan, checkpoints: Sequence[Checkpoint]) -> bool:
     """Whether a fused twin of the method can work on the stored bytes."""
-    from solera_merge.fused import FUSED
+    from solera_merge.fused import has_twin
     from solera_merge.kernels.formats import CODES
 
     return (
-        tensor.method in FUSED
+        has_twin(tensor.method, tensor.parameters)
         and tensor.dtype in CODES
         and all(checkpoints[s.model].is_plain(s.name, tuple(CODES)) for s in tensor.sources)
     )

@@ -31,7 +31,8 @@ from solera_merge.methods.slerp import slerp
 from solera_merge.methods.task_arithmetic import task_arithmetic
 from solera_merge.methods.ties import ties
 from solera_merge.methods.tsv_m import tsv_m
-from solera_merge.scope import survey
+from solera_merge.scope import check_rescale, survey
+from solera_merge.selection import Each
 from solera_merge.singular import unit_of
 
 __all__ = ["METHODS", "Method"]
@@ -52,8 +53,8 @@ class Method:
         unit: what the formula must see in one block; see `solera_merge.block.Unit`. A function where it depends on the
             tensor: (name, shape) -> unit.
         normalizes: the weights are divided by their sum always, not only when `normalize` says so.
-        survey: for quantities over all tensors of the model: (every tensor, the parameters of each) -> for every
-            tensor what `function` gets as second argument. None: the method needs no such thing.
+        survey: for quantities over all tensors of the model: (every tensor, the parameters of each, how to go over
+            them) -> for every tensor what `function` gets as second argument. None: the method needs no such thing.
         check: raises ValueError where the resolved parameters of a tensor, each valid, are impossible together.
     """
 
@@ -65,7 +66,7 @@ class Method:
     fewest_models: int = 1
     unit: Unit | Callable[[str, tuple[int, ...]], Unit] = "elements"
     normalizes: bool = False
-    survey: Callable[[Sequence[Tensor], Sequence[Mapping[str, Any]]], Sequence[Any]] | None = None
+    survey: Callable[[Sequence[Tensor], Sequence[Mapping[str, Any]], Each], Sequence[Any]] | None = None
     check: Callable[[Mapping[str, Any]], None] | None = None
 
     @cached_property
@@ -86,7 +87,7 @@ _ALL = (
     Method("linear", linear, "unused", None, "arXiv 2203.05482"),
     Method("slerp", slerp, "required", 1, "Shoemake 1985"),
     Method("task_arithmetic", task_arithmetic, "required", None, "arXiv 2212.04089"),
-    Method("ties", ties, "required", None, "arXiv 2306.01708", survey=survey),
+    Method("ties", ties, "required", None, "arXiv 2306.01708", survey=survey, check=check_rescale),
     Method("dare_ties", dare_ties, "required", None, "arXiv 2311.03099"),
     Method("passthrough", passthrough, "unused", 1, "a copy"),
     Method("nuslerp", nuslerp, "optional", 2, "Shoemake 1985", fewest_models=2, unit="rows", normalizes=True),
@@ -104,8 +105,10 @@ _ALL = (
     Method("iso_c", iso_c, "required", None, "arXiv 2502.04959", unit=unit_of),
     Method("iso_cts", iso_cts, "required", None, "arXiv 2502.04959", unit=unit_of),
     Method("dare_linear", dare_linear, "required", None, "arXiv 2311.03099"),
-    Method("breadcrumbs", breadcrumbs, "required", None, "arXiv 2312.06795", survey=survey),
-    Method("breadcrumbs_ties", breadcrumbs_ties, "required", None, "arXiv 2312.06795", survey=survey),
+    Method("breadcrumbs", breadcrumbs, "required", None, "arXiv 2312.06795", survey=survey, check=check_rescale),
+    Method(
+        "breadcrumbs_ties", breadcrumbs_ties, "required", None, "arXiv 2312.06795", survey=survey, check=check_rescale
+    ),
     Method("della", della, "required", None, "arXiv 2406.11617", unit="rows", check=check_della),
     Method("della_linear", della_linear, "required", None, "arXiv 2406.11617", unit="rows", check=check_della),
     Method("sce", sce, "required", None, "arXiv 2408.07990", fewest_models=2),

@@ -1,5 +1,7 @@
 """Spherical linear interpolation between two models, or between their task vectors, without a threshold."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -8,7 +10,7 @@ from solera_merge.combination import combine
 from solera_merge.methods.signature import Finite, PerModel
 from solera_merge.reduction import gram
 
-__all__ = ["nuslerp"]
+__all__ = ["coefficients", "nuslerp"]
 
 Float64 = npt.NDArray[np.float64]
 
@@ -56,9 +58,14 @@ def nuslerp(
 
 
 def _whole(tensor: Tensor, t: float) -> Formula:
-    (aa, ab), (_, bb) = gram(tensor)
-    coefficients = [float(c) for c in _coefficients(t, np.asarray(aa), np.asarray(bb), np.asarray(ab))]
-    return lambda block: combine(block, coefficients)
+    factors = coefficients(gram(tensor), t)
+    return lambda block: combine(block, factors)
+
+
+def coefficients(products: Sequence[Sequence[float]], t: float) -> list[float]:
+    """Of the two models in the result, from their inner products [2][2]."""
+    (aa, ab), (_, bb) = products
+    return [float(c) for c in _coefficients(t, np.asarray(aa), np.asarray(bb), np.asarray(ab))]
 
 
 def _along_last(width: int, t: float) -> Formula:

@@ -1,0 +1,51 @@
+"""The variance of task vectors over the models, element by element, in float64 as in `methods.sce`."""
+
+import numpy as np
+import numpy.typing as npt
+
+from solera_merge.kernels.compiled import kernel
+from solera_merge.kernels.formats import widen
+
+__all__ = ["load_deltas", "variances"]
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Bytes = npt.NDArray[np.uint8]
+Codes = npt.NDArray[np.int64]
+
+
+@kernel
+def load_deltas(raw: Bytes, codes: Codes, begin: int, m: int, base: Float32, terms: Float32) -> bool:
+    """The base [m], and W_i - W_0 of all models [N, m]; whether one value is not finite."""
+    models = len(terms)
+    bad = widen(raw[models], codes[models], begin, m, base)
+    for i in range(models):
+        term = terms[i]
+        bad |= widen(raw[i], codes[i], begin, m, term)
+        for j in range(m):
+            term[j] = term[j] - base[j]
+    return bad
+
+
+@kernel
+def variances(terms: Float32, m: int, mean: Float64, squares: Float64, out: Float32) -> None:
+    """out[:m] = the mean of (tau_i - mean tau)^2; `mean` and `squares` are scratch space of that length."""
+    count = np.float64(len(terms))
+    for i in range(len(terms)):
+        term = terms[i]
+        if i == 0:
+            for j in range(m):
+                mean[j] = np.float64(term[j])
+        else:
+            for j in range(m):
+                mean[j] += np.float64(term[j])
+    for j in range(m):
+        mean[j] /= count
+        squares[j] = 0.0
+    for i in range(len(terms)):
+        term = terms[i]
+        for j in range(m):
+            apart = np.float64(term[j]) - mean[j]
+            squares[j] += apart * apart
+    for j in range(m):
+        out[j] = np.float32(squares[j] / count)
