@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from solera_core.checkpoint import Checkpoint
 from solera_core.context import Context
 from solera_core.digest import json_digest, tensor_digest
 from solera_core.dtypes import to_float32
@@ -24,8 +25,9 @@ from solera_core.headers import TensorInfo
 from solera_core.hub import resolve
 from solera_core.shards import Weights
 from solera_core.sources import Source, open_source
+from solera_core.views import Derived, view
 
-__all__ = ["Adapter", "LowRank", "open_adapter"]
+__all__ = ["Adapter", "LowRank", "lay_over", "open_adapter"]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -133,6 +135,28 @@ class Adapter:
         if (update := self.updates.get(info.name)) is not None:
             values += update.delta(start, stop)
         return values
+
+
+def lay_over(model: Checkpoint, adapter_ref: str, ctx: Context, *, ref: str) -> Checkpoint:
+    """A model with a peft LoRA adapter laid over it, called `ref`.
+
+    Raises:
+        CheckpointError: as `open_adapter`.
+    """
+    adapter = open_adapter(adapter_ref, model.tensors, ctx)
+
+    def seen(name: str, info: TensorInfo) -> str | Derived:
+        if name not in adapter.names:
+            return name
+        return Derived(info, partial(adapter.apply, info, base=partial(model.read_flat, name)))
+
+    return view(
+        model,
+        {name: seen(name, info) for name, info in model.tensors.items()},
+        what={"adapter": adapter.digest},
+        ref=ref,
+        directories=(adapter.directory,),
+    )
 
 
 def open_adapter(ref: str, tensors: Mapping[str, TensorInfo], ctx: Context) -> Adapter:

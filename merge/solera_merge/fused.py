@@ -7,7 +7,7 @@ float32, float16 or bfloat16; everything else goes through the readable function
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias, TypedDict, Unpack
@@ -17,13 +17,22 @@ import numpy.typing as npt
 
 from solera_core.dtypes import ITEM_BYTES
 from solera_merge.block import CHUNK_ELEMENTS
-from solera_merge.kernels.changes import count_changes, merge_changes, merge_near
+from solera_merge.kernels.changes import count_changes
 from solera_merge.kernels.formats import CODES
 from solera_merge.kernels.norms import gram_chunks
-from solera_merge.kernels.sce import merge_selected, squares_of_selected
+from solera_merge.kernels.sce import squares_of_selected
 from solera_merge.kernels.selection import VARIANCE
-from solera_merge.kernels.sparsified import ELECT_NONE, ELECT_WEIGHTED, l1_chunks, merge_band, merge_random
-from solera_merge.kernels.sums import weighted_deltas, weighted_sum
+from solera_merge.kernels.spans import (
+    Rows,
+    span_of_band,
+    span_of_changes,
+    span_of_deltas,
+    span_of_near,
+    span_of_random,
+    span_of_selected,
+    span_of_sum,
+)
+from solera_merge.kernels.sparsified import ELECT_NONE, ELECT_WEIGHTED, l1_chunks
 from solera_merge.masks import split_key, threshold
 from solera_merge.methods import karcher as _karcher
 from solera_merge.methods import model_stock as _model_stock
@@ -49,6 +58,9 @@ __all__ = [
 ]
 
 
+_NO_FILES, _NO_OFFSETS = np.empty(0, np.int32), np.empty(0, np.int64)
+
+
 @dataclass(frozen=True)
 class RawBlock:
     """The same elements of every source, as stored.
@@ -58,12 +70,23 @@ class RawBlock:
         n: number of elements.
         raw: [N, bytes], one row a source: the models, then the base where there is one.
         codes: [N], number format of each row (`solera_merge.kernels.formats.CODES`).
+        files: [N], where the elements are still to be read from, `step` at a time into `raw`; empty: they are there.
+        offsets: [N], of the first byte in each file.
+        step: elements at a time; 0 where all are there.
     """
 
     start: int
     n: int
     raw: npt.NDArray[np.uint8]
     codes: npt.NDArray[np.int64]
+    files: npt.NDArray[np.int32] = field(default_factory=lambda: _NO_FILES)
+    offsets: npt.NDArray[np.int64] = field(default_factory=lambda: _NO_OFFSETS)
+    step: int = 0
+
+    @property
+    def rows(self) -> tuple[Rows, int, int]:
+        """What a kernel over spans begins with: sources, number of elements, elements at a time."""
+        return Rows(self.raw, self.codes, self.files, self.offsets), self.n, self.step or max(self.n, 1)
 
 
 class RawTensor(Protocol):
@@ -88,10 +111,15 @@ class RawTensor(Protocol):
         """One pass over all elements, in order; a block is only valid until the next one."""
         ...
 
+    def spans(self) -> Iterator[RawBlock]:
+        """As `blocks`, but larger ones, which kernels over spans read for themselves."""
+        ...
+
 
 Drift: TypeAlias = npt.NDArray[np.float64]
 RawFormula: TypeAlias = Callable[[RawBlock, npt.NDArray[np.uint8], int, Drift], int]
-"""(block, output bytes, their format, drift) -> what was not finite: bit 0 an input, bit 1 the output.
+"""(block, output bytes, their format, drift) -> what was wrong: bit 0 an input is not finite, bit 1 the output, bit 2 a
+file cannot be read.
 
 What is added to `drift`: |result - reference|^2 and |reference|^2; the reference is the base, else the first model.
 """
@@ -103,13 +131,13 @@ def linear(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool) -
     """As `methods.linear`."""
     factors = np.array(weight, np.float32)
     divisor = np.float32(sum(weight)) if normalize else _one
-    return lambda b, out, code, drift: weighted_sum(b.raw, b.codes, b.n, factors, divisor, out, code, drift, 0)
+    return lambda b, out, code, drift: span_of_sum(*b.rows, factors, divisor, out, code, drift, 0)
 
 
 def passthrough(_tensor: RawTensor, /, *, scale: Sequence[float]) -> RawFormula:
     """As `methods.passthrough`."""
     factors = np.array(scale, np.float32)
-    return lambda b, out, code, drift: weighted_sum(b.raw, b.codes, b.n, factors, _one, out, code, drift, 0)
+    return lambda b, out, code, drift: span_of_sum(*b.rows, factors, _one, out, code, drift, 0)
 
 
 def slerp(tensor: RawTensor, /, *, t: float) -> RawFormula:
@@ -117,7 +145,7 @@ def slerp(tensor: RawTensor, /, *, t: float) -> RawFormula:
     (model, product), (_, base) = _gram(tensor, 2)
     c_base, c_model = _slerp.coefficients(t, math.sqrt(base), math.sqrt(model), product)
     factors = np.array([c_model, c_base], np.float32)  # a sum of two has the same bits in either order
-    return lambda b, out, code, drift: weighted_sum(b.raw, b.codes, b.n, factors, _one, out, code, drift, 1)
+    return lambda b, out, code, drift: span_of_sum(*b.rows, factors, _one, out, code, drift, 1)
 
 
 def nuslerp(
@@ -146,7 +174,7 @@ def model_stock(tensor: RawTensor, /, *, filter_wise: bool) -> RawFormula:
     count = len(tensor.keys)
     t = np.float32(_model_stock.ratio(_gram(tensor, count)))
     ones, divisor = np.ones(count, np.float32), np.float32(count)
-    return lambda b, out, code, drift: weighted_deltas(b.raw, b.codes, b.n, ones, divisor, t, out, code, drift)
+    return lambda b, out, code, drift: span_of_deltas(*b.rows, ones, divisor, t, out, code, drift)
 
 
 def task_arithmetic(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool, lambda_: float) -> RawFormula:
@@ -154,7 +182,7 @@ def task_arithmetic(_tensor: RawTensor, /, *, weight: Sequence[float], normalize
     factors = np.array(weight, np.float32)
     divisor = np.float32(sum(weight) or 1.0) if normalize else _one
     scale = np.float32(lambda_)
-    return lambda b, out, code, drift: weighted_deltas(b.raw, b.codes, b.n, factors, divisor, scale, out, code, drift)
+    return lambda b, out, code, drift: span_of_deltas(*b.rows, factors, divisor, scale, out, code, drift)
 
 
 def ties(
@@ -226,10 +254,8 @@ def _merged_bands(
     kept = np.array(_keep_norm(tensor, limits) if rescale else [1.0] * len(bands), np.float32)
     factors, scale = np.array(weight, np.float32), np.float32(lambda_)
     divisor = np.float32(sum(weight) or 1.0)
-    return lambda b, out, code, drift: merge_band(
-        b.raw,
-        b.codes,
-        b.n,
+    return lambda b, out, code, drift: span_of_band(
+        *b.rows,
         b.start,
         *limits,
         kept,
@@ -287,8 +313,8 @@ def _dare(tensor: RawTensor, elect: int, **parameters: Unpack[Dare]) -> RawFormu
     kept = np.array(rescale_factors(density, rescale=parameters["rescale"]), np.float32)
     factors, scale = np.array(weight, np.float32), np.float32(parameters["lambda_"])
     divisor = np.float32(sum(weight) or 1.0)
-    return lambda b, out, code, drift: merge_random(
-        b.raw, b.codes, b.n, b.start, keys, limits, kept, factors, elect, normalize, divisor, scale, out, code, drift
+    return lambda b, out, code, drift: span_of_random(
+        *b.rows, b.start, keys, limits, kept, factors, elect, normalize, divisor, scale, out, code, drift
     )
 
 
@@ -307,15 +333,13 @@ def sce(tensor: RawTensor, /, *, select_topk: float, int8_mask: bool) -> RawForm
         for part, more in zip(parts, sums.tolist(), strict=True):
             add_parts(part, more)
     weight = np.array(_sce.shares([math.fsum(part) for part in parts]), np.float32)
-    return lambda b, out, code, drift: merge_selected(
-        b.raw, b.codes, b.n, b.start, bits, last, weight, out, code, drift
-    )
+    return lambda b, out, code, drift: span_of_selected(*b.rows, b.start, bits, last, weight, out, code, drift)
 
 
 def nearswap(_tensor: RawTensor, /, *, t: float) -> RawFormula:
     """As `methods.nearswap`."""
     step = np.float32(t)
-    return lambda b, out, code, drift: merge_near(b.raw, b.codes, b.n, step, out, code, drift)
+    return lambda b, out, code, drift: span_of_near(*b.rows, step, out, code, drift)
 
 
 def ram(tensor: RawTensor, /, *, epsilon: float) -> RawFormula:
@@ -334,7 +358,7 @@ def ramplus_tl(tensor: RawTensor, /, *, r: float, alpha: float, epsilon: float) 
 
 def _selective(epsilon: float, scales: Sequence[float]) -> RawFormula:
     limit, factors = np.float32(epsilon), np.array(scales, np.float32)
-    return lambda b, out, code, drift: merge_changes(b.raw, b.codes, b.n, limit, factors, out, code, drift)
+    return lambda b, out, code, drift: span_of_changes(*b.rows, limit, factors, out, code, drift)
 
 
 def _gram(tensor: RawTensor, count: int) -> list[list[float]]:
@@ -355,8 +379,8 @@ def _in_span(coefficients: Sequence[float]) -> RawFormula:
 
     def formula(b: RawBlock, out: npt.NDArray[np.uint8], code: int, drift: Drift) -> int:
         if b.codes.size > factors.size:
-            return weighted_deltas(b.raw, b.codes, b.n, factors, _one, _one, out, code, drift)
-        return weighted_sum(b.raw, b.codes, b.n, factors, _one, out, code, drift, 0)
+            return span_of_deltas(*b.rows, factors, _one, _one, out, code, drift)
+        return span_of_sum(*b.rows, factors, _one, out, code, drift, 0)
 
     return formula
 
@@ -386,6 +410,9 @@ FUSED: Mapping[str, Callable[..., RawFormula]] = MappingProxyType(
     }
 )
 """By the name of the method."""
+
+_OVER_SPANS = frozenset(FUSED)
+"""Those whose last pass reads for itself."""
 
 # The one value of a parameter for which there is a twin.
 _ONLY: Mapping[str, tuple[str, Any]] = {
@@ -419,12 +446,15 @@ def merged_blocks(
         Where the block belongs, and its bytes.
 
     Raises:
-        NotFiniteError: an input or the result is not finite in the block behind the one that was given last.
+        NotFiniteError: an input or the result is not finite, or an input unreadable, in the block behind the one that
+            was given last.
     """
     formula = FUSED[method](tensor, **keywords)
     width = ITEM_BYTES[dtype]
-    out = np.empty(tensor.step * width, np.uint8)
-    for block in tensor.blocks():
+    out = np.empty(0, np.uint8)
+    for block in tensor.spans() if method in _OVER_SPANS else tensor.blocks():
+        if out.size < block.n * width:
+            out = np.empty(block.n * width, np.uint8)
         if formula(block, out, CODES[dtype], drift):
             raise NotFiniteError
         yield block, out[: block.n * width]

@@ -17,7 +17,7 @@ _COLLECTED = 1 << 18  # elements of a bin that are held in memory to be ranked: 
 
 
 class NotFiniteError(Exception):
-    """An input holds NaN or infinity; the engine looks for the place."""
+    """An input holds NaN or infinity, or cannot be read; the engine looks for the place."""
 
 
 Wanted: TypeAlias = int | Callable[[int], int]

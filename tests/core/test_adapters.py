@@ -139,8 +139,8 @@ def test_memory_is_that_of_a_few_rows() -> None:
 def test_bytes_of_a_changed_tensor_are_refused(base: Path, plain: Path, ctx: Context) -> None:
     checkpoint = open_checkpoint(f"{base}+{plain}", ctx)
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert checkpoint.is_overlaid(name)
-    with pytest.raises(CheckpointError, match=f"'{name}' is changed by the adapter"):
+    assert checkpoint.is_derived(name)
+    with pytest.raises(CheckpointError, match=f"'{name}' is computed"):
         checkpoint.read_raw(name)
     assert checkpoint.read_raw("model.norm.weight").size == 128
     with pytest.raises(CheckpointError, match="a model with an adapter cannot be loaded here"):
@@ -251,7 +251,7 @@ def test_plus_signs_in_paths(base: Path, plain: Path, tmp_path: Path, ctx: Conte
     shutil.copytree(base, tmp_path / "my+model")
     shutil.copytree(plain, tmp_path / "my+adapter")
     model = open_checkpoint("my+model", ctx)
-    assert not any(model.is_overlaid(n) for n in model.tensors)
+    assert not any(model.is_derived(n) for n in model.tensors)
     expected = open_checkpoint(f"{base}+{plain}", ctx).digest()
     assert open_checkpoint("my+model+my+adapter", ctx).digest() == expected
     staged = Context(base_dir=tmp_path, models={"first": base, "second": plain})

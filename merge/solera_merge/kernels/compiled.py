@@ -5,12 +5,32 @@ contraction of multiply and add, so they equal the NumPy formula bit for bit. Th
 costs 0.3 s, so modules that hold kernels are imported where they are used, never by the catalogue or the command line.
 """
 
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
-import numba
-
 __all__ = ["kernel"]
+
+
+def _load_numba() -> Any:
+    """numba, without its look for a BLAS in SciPy: 0.15 s of start-up for products that no kernel here takes.
+
+    (Other users of numba in this process lose nothing but the BLAS in numba's own `correlate` and `convolve`.)
+    """
+    hidden = [name for name in ("scipy.linalg", "scipy.linalg.cython_blas") if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = cast("ModuleType", None)  # importing it raises ImportError, which numba expects
+    try:
+        import numba
+        import numba.np.arraymath
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return numba
+
+
+numba = _load_numba()
 
 F = TypeVar("F", bound=Callable[..., Any])
 
