@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from solera_core.dtypes import ITEM_BYTES, from_float32, nonfinite, to_float32
 from solera_merge.block import CHUNK_ELEMENTS
 from solera_merge.fused import FUSED, NotFiniteError, RawBlock, _merged_bands, has_twin
+from solera_merge.kernels import compiled
 from solera_merge.kernels.formats import CODES, PIECE, narrow, widen
 from solera_merge.kernels.selection import collect_bin, find_equal
 from solera_merge.kernels.spans import UNREADABLE
@@ -365,3 +366,32 @@ def test_a_file_that_was_cut_is_noticed_in_the_kernel(tmp_path: Path) -> None:
             4096,
         )
         assert linear(span, np.empty(40_000, np.uint8), CODES["F32"], np.zeros(2)) & UNREADABLE
+
+
+def test_a_cached_kernel_is_not_used_when_one_inside_it_has_changed(tmp_path: Path) -> None:
+    copy = tmp_path / "kernels_copy"
+    copy.mkdir()
+    (copy / "__init__.py").touch()
+    original = Path(compiled.__file__)
+    (copy / "compiled.py").write_bytes(original.read_bytes())
+    (copy / "inner.py").write_text(
+        "from kernels_copy.compiled import kernel\n\n@kernel\ndef inner(x):\n    return x + 1\n"
+    )
+    (copy / "outer.py").write_text(
+        "from kernels_copy.compiled import kernel\nfrom kernels_copy.inner import inner\n\n"
+        "@kernel\ndef outer(x):\n    return inner(x) * 10\n"
+    )
+
+    def run() -> list[str]:
+        code = "from kernels_copy.outer import outer; print(outer(1), sum(outer.stats.cache_hits.values()))"
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+        )
+        return done.stdout.split()
+
+    assert run() == ["20", "0"]
+    assert run() == ["20", "1"]
+    inner = copy / "inner.py"
+    inner.write_text(inner.read_text().replace("+ 1", "+ 2"))
+    assert run() == ["30", "0"]
