@@ -18,7 +18,7 @@ from solera_core.dtypes import ITEM_BYTES
 from solera_core.errors import CheckpointError
 from solera_core.progress import Progress
 from solera_core.writer import CheckpointWriter
-from solera_merge.block import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Float32
+from solera_merge.block import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Float32, Unit, block_starts
 from solera_merge.drift import relative
 from solera_merge.memory import Budget, default_memory_bytes, keep_freed_memory
 from solera_merge.methods.catalogue import METHODS
@@ -242,7 +242,7 @@ def _merge_raw(
     device: "Device | None",
 ) -> None:
     """Through a twin of the formula, compiled or on a device: the same bits, sooner."""
-    from solera_merge.fused import NotFiniteError, merged_blocks
+    from solera_merge.fused import ROWS, NotFiniteError, merged_blocks
 
     method = METHODS[tensor.method]
     keywords = method.keywords(tensor.parameters)
@@ -251,7 +251,9 @@ def _merge_raw(
         stream = RawStream(tensor, checkpoints, device.block_elements, advance, buffers=2, buffer=device.buffer)
     else:
         twin = merged_blocks
-        stream = RawStream(tensor, checkpoints, block_elements, advance)
+        unit: Unit = "rows" if tensor.method in ROWS else "elements"
+        step = block_starts(tensor.shape, unit, block_elements)[1] if tensor.spec.size else 1
+        stream = RawStream(tensor, checkpoints, step, advance)
     with stream as raw:
         drift = np.zeros(2)
         start = 0

@@ -19,7 +19,9 @@ from solera_core.dtypes import ITEM_BYTES
 from solera_merge.block import CHUNK_ELEMENTS
 from solera_merge.kernels.changes import count_changes
 from solera_merge.kernels.formats import CODES
+from solera_merge.kernels.fusion import divergence_of_rows, importances, merge_important
 from solera_merge.kernels.norms import gram_chunks
+from solera_merge.kernels.ranks import merge_ranked
 from solera_merge.kernels.sce import squares_of_selected
 from solera_merge.kernels.selection import VARIANCE
 from solera_merge.kernels.spans import (
@@ -34,6 +36,7 @@ from solera_merge.kernels.spans import (
 )
 from solera_merge.kernels.sparsified import ELECT_NONE, ELECT_WEIGHTED, l1_chunks
 from solera_merge.masks import split_key, threshold
+from solera_merge.methods import arcee_fusion as _arcee_fusion
 from solera_merge.methods import karcher as _karcher
 from solera_merge.methods import model_stock as _model_stock
 from solera_merge.methods import multislerp as _multislerp
@@ -44,10 +47,11 @@ from solera_merge.methods import slerp as _slerp
 from solera_merge.raw_selection import NotFiniteError, raw_cuts
 from solera_merge.reduction import LANES, add_parts, symmetric
 from solera_merge.selection import KEEP_NONE, Band, Cut, band_ranks, count_kept
-from solera_merge.task_vectors import norm_factors, rescale_factors
+from solera_merge.task_vectors import norm_factors, rank_tables, rescale_factors
 
 __all__ = [
     "FUSED",
+    "ROWS",
     "Drift",
     "NotFiniteError",
     "RawBlock",
@@ -66,7 +70,7 @@ class RawBlock:
     """The same elements of every source, as stored.
 
     Attributes:
-        start: flat index of the first element; a multiple of `CHUNK_ELEMENTS`.
+        start: flat index of the first element; a multiple of `CHUNK_ELEMENTS`, or of whole rows (`ROWS`).
         n: number of elements.
         raw: [N, bytes], one row a source: the models, then the base where there is one.
         codes: [N], number format of each row (`solera_merge.kernels.formats.CODES`).
@@ -95,6 +99,11 @@ class RawTensor(Protocol):
     @property
     def size(self) -> int:
         """Number of elements."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of every source and of the result."""
         ...
 
     @property
@@ -318,6 +327,87 @@ def _dare(tensor: RawTensor, elect: int, **parameters: Unpack[Dare]) -> RawFormu
     )
 
 
+class Della(TypedDict):
+    """The parameters of both."""
+
+    weight: Sequence[float]
+    density: Sequence[float]
+    epsilon: Sequence[float]
+    normalize: bool
+    rescale: bool
+    lambda_: float
+    int8_mask: bool
+
+
+def della(tensor: RawTensor, /, **parameters: Unpack[Della]) -> RawFormula:
+    """As `methods.della`."""
+    return _della(tensor, ELECT_WEIGHTED, **parameters)
+
+
+def della_linear(tensor: RawTensor, /, **parameters: Unpack[Della]) -> RawFormula:
+    """As `methods.della_linear`."""
+    return _della(tensor, ELECT_NONE, **parameters)
+
+
+def _della(tensor: RawTensor, elect: int, **parameters: Unpack[Della]) -> RawFormula:
+    weight, density = parameters["weight"], parameters["density"]
+    normalize, width = parameters["normalize"], _width(tensor)
+    shares = zip(density, parameters["epsilon"], strict=True)
+    tables = [rank_tables(width, d, e, rescale=parameters["rescale"]) for d, e in shares]
+    nothing = [d == 0 for d in density]  # no word is below 0, and the factor of 1 / 0 must not be used
+    limits = np.array([np.zeros_like(t) if zero else t for (t, _), zero in zip(tables, nothing, strict=True)])
+    kept = np.array([np.ones_like(f) if zero else f for (_, f), zero in zip(tables, nothing, strict=True)])
+    drops = np.array([d < 1 for d in density])
+    keys = np.array([split_key(key) for key in tensor.keys], np.uint64)
+    factors, scale = np.array(weight, np.float32), np.float32(parameters["lambda_"])
+    divisor = np.float32(sum(weight) or 1.0)
+    return lambda b, out, code, drift: merge_ranked(
+        b.raw,
+        b.codes,
+        b.n,
+        b.start,
+        width,
+        keys,
+        drops,
+        limits,
+        kept,
+        factors,
+        elect,
+        normalize,
+        divisor,
+        scale,
+        out,
+        code,
+        drift,
+    )
+
+
+def arcee_fusion(tensor: RawTensor, /) -> RawFormula:
+    """As `methods.arcee_fusion`."""
+    width = _width(tensor)
+    divergence = np.empty(tensor.size // width, np.float32)
+    buffer = np.empty(tensor.step, np.float32)
+
+    def of(block: RawBlock) -> npt.NDArray[np.float32]:
+        return divergence[block.start // width : (block.start + block.n) // width]
+
+    for block in tensor.blocks():
+        if divergence_of_rows(block.raw, block.codes, block.n, width, of(block)):
+            raise NotFiniteError
+
+    def passes() -> Iterator[npt.NDArray[np.float32]]:
+        for block in tensor.blocks():
+            importances(block.raw, block.codes, block.n, of(block), buffer)
+            yield buffer[: block.n]
+
+    limit = _arcee_fusion.threshold_of(passes, tensor.size)
+    return lambda b, out, code, drift: merge_important(b.raw, b.codes, b.n, of(b), limit, out, code, drift)
+
+
+def _width(tensor: RawTensor) -> int:
+    return max(tensor.shape[-1] if tensor.shape else 1, 1)
+
+
 def sce(tensor: RawTensor, /, *, select_topk: float, int8_mask: bool) -> RawFormula:
     """As `methods.sce`."""
     del int8_mask
@@ -402,6 +492,9 @@ FUSED: Mapping[str, Callable[..., RawFormula]] = MappingProxyType(
             breadcrumbs_ties,
             dare_ties,
             dare_linear,
+            della,
+            della_linear,
+            arcee_fusion,
             sce,
             nearswap,
             ram,
@@ -411,7 +504,10 @@ FUSED: Mapping[str, Callable[..., RawFormula]] = MappingProxyType(
 )
 """By the name of the method."""
 
-_OVER_SPANS = frozenset(FUSED)
+ROWS = frozenset({"della", "della_linear", "arcee_fusion"})
+"""Those whose blocks must be whole rows: the engine makes the tensor's `step` a multiple of its last axis."""
+
+_OVER_SPANS = frozenset(FUSED) - ROWS
 """Those whose last pass reads for itself."""
 
 # The one value of a parameter for which there is a twin.

@@ -25,6 +25,7 @@ __all__ = [
     "keep_norm",
     "norm_factors",
     "on_base",
+    "rank_tables",
     "rescale_factors",
     "row_ranks",
 ]
@@ -143,7 +144,7 @@ def drop_by_rank(tensor: Tensor, density: Sequence[float], epsilon: Sequence[flo
         ValueError: see `check_window`.
     """
     width = tensor.shape[-1] if tensor.shape else 1
-    tables = [_by_rank(width, d, e, rescale=rescale) for d, e in zip(density, epsilon, strict=True)]
+    tables = [rank_tables(width, d, e, rescale=rescale) for d, e in zip(density, epsilon, strict=True)]
     draws = list(zip(tensor.keys, density, tables, strict=True))
 
     def sparsify(block: Block) -> list[Float32]:
@@ -160,7 +161,7 @@ def drop_by_rank(tensor: Tensor, density: Sequence[float], epsilon: Sequence[flo
     return sparsify
 
 
-def _by_rank(width: int, density: float, epsilon: float, *, rescale: bool) -> tuple[npt.NDArray[np.uint32], Float32]:
+def rank_tables(width: int, density: float, epsilon: float, *, rescale: bool) -> tuple[npt.NDArray[np.uint32], Float32]:
     """For every rank (the random words below which an element is kept, the factor on what is kept), [width] each."""
     check_window(density, epsilon)
     place = np.arange(width) / (width - 1) if width > 1 else np.full(width, 0.5)

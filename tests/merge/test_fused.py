@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solera_core.dtypes import ITEM_BYTES, from_float32, nonfinite, to_float32
-from solera_merge.block import CHUNK_ELEMENTS
-from solera_merge.fused import FUSED, NotFiniteError, RawBlock, _merged_bands, has_twin
+from solera_merge.block import CHUNK_ELEMENTS, block_starts
+from solera_merge.fused import FUSED, ROWS, NotFiniteError, RawBlock, _merged_bands, has_twin
 from solera_merge.kernels import compiled
 from solera_merge.kernels.formats import CODES, PIECE, narrow, widen
 from solera_merge.kernels.selection import collect_bin, find_equal
@@ -41,6 +41,9 @@ class RawInMemory:
     size: int
     keys: tuple[int, ...]
     step: int
+
+    def __post_init__(self) -> None:
+        self.shape: tuple[int, ...] = (self.size,)
 
     def blocks(self) -> Iterator[RawBlock]:
         codes = np.array([CODES[d] for d in self.dtypes], np.int64)
@@ -108,6 +111,13 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 PARAMETERS["dare_linear"] = PARAMETERS["dare_ties"]
+PARAMETERS["della"] = PARAMETERS["della_linear"] = [
+    dare | {"epsilon": epsilon}
+    for dare, epsilon in zip(
+        PARAMETERS["dare_ties"], [(0.15, 0.4, 0.0), (0.05, 0.9, 0.3), (0.2, 0.1, 0.1)], strict=True
+    )
+]
+PARAMETERS["arcee_fusion"] = [{}]
 PARAMETERS["breadcrumbs"] = PARAMETERS["breadcrumbs_ties"] = [
     ties | {"gamma": gamma}
     for ties, gamma in zip(PARAMETERS["ties"], [(0.01, 0.2, 0.0), (0.3, 0.1, 0.1), (0.01, 0.9, 1.0)], strict=True)
@@ -125,11 +135,12 @@ def sample(
     seed: int,
     in_memory: Any,
     based: bool | None = None,
+    width: int | None = None,
 ) -> tuple[list[Bytes], list[str], tuple[int, ...], F32]:
     """Stored sources of a method, their formats, random keys, and what the readable method makes of them.
 
     `levels`: deltas of few distinct magnitudes, so that many are equal to the k-th. `based`: with a base; None: where
-    the method must have one.
+    the method must have one. `width`: of a matrix; None: a vector.
     """
     rng = np.random.default_rng(seed)
     entry = METHODS[method]
@@ -144,9 +155,11 @@ def sample(
     rows = [stored(m, d) for m, d in zip([*models, base], dtypes, strict=False)]
     values = [to_float32(r, d) for r, d in zip(rows, dtypes, strict=True)]
     keys = tuple(range(5, 5 + count))
+    values = [value.reshape(-1, width or size) for value in values] if method in ROWS else values
     plain = in_memory(values[:count], values[count] if based else None, step * CHUNK_ELEMENTS, keys)
     formula = entry.function(plain, *([] if entry.survey is None else [None]), **parameters)
-    expected = np.concatenate([formula(block) for block in plain.blocks()])
+    unit = "rows" if method in ROWS else "elements"
+    expected = np.concatenate([formula(block) for block in plain.blocks(unit)])
     return rows, dtypes, keys, expected
 
 
@@ -181,14 +194,26 @@ def test_where_there_is_no_twin(method: str, parameters: dict[str, Any]) -> None
     levels=st.sampled_from([0, 3, 40]),
     step=st.integers(1, 3),
     seed=st.integers(0, 1000),
+    width=st.sampled_from([1, 3, 96, CHUNK_ELEMENTS]),
 )
 def test_the_same_bits(
-    method: str, choice: int, size: int, dtypes: list[str], levels: int, step: int, seed: int, in_memory: Any
+    method: str,
+    choice: int,
+    size: int,
+    dtypes: list[str],
+    levels: int,
+    step: int,
+    seed: int,
+    width: int,
+    in_memory: Any,
 ) -> None:
     parameters = PARAMETERS[method][choice]
-    rows, dtypes, keys, expected = sample(method, parameters, size, dtypes, levels, step, seed, in_memory)
+    width = width if size % width == 0 else size
+    rows, dtypes, keys, expected = sample(method, parameters, size, dtypes, levels, step, seed, in_memory, width=width)
+    block = block_starts((size // width, width), "rows", step * CHUNK_ELEMENTS)[1]
     for out in CODES:
-        tensor = RawInMemory(rows, dtypes, size, keys, step * CHUNK_ELEMENTS)
+        tensor = RawInMemory(rows, dtypes, size, keys, block if method in ROWS else step * CHUNK_ELEMENTS)
+        tensor.shape = (size // width, width)
         assert fused(method, tensor, out, **parameters).tobytes() == from_float32(expected, out).tobytes()
 
 
@@ -221,7 +246,9 @@ def test_what_is_not_finite_is_met(method: str, value: float, dtype: str) -> Non
     count = METHODS[method].most_models or 3
     rows = [np.zeros(size, np.float32) for _ in range(count + (METHODS[method].base == "required"))]
     rows[-1][PIECE + 7] = value
-    tensor = RawInMemory([stored(r, dtype) for r in rows], [dtype] * len(rows), size, (1, 2, 3), CHUNK_ELEMENTS)
+    keys = tuple(range(1, count + 1))
+    step = size if method in ROWS else CHUNK_ELEMENTS
+    tensor = RawInMemory([stored(r, dtype) for r in rows], [dtype] * len(rows), size, keys, step)
     out = np.empty(tensor.step * 4, np.uint8)
     try:
         formula = FUSED[method](tensor, **PARAMETERS[method][0])
