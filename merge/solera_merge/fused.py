@@ -23,7 +23,7 @@ from solera_merge.kernels.fusion import divergence_of_rows, importances, merge_i
 from solera_merge.kernels.norms import gram_chunks
 from solera_merge.kernels.ranks import merge_ranked
 from solera_merge.kernels.sce import squares_of_selected
-from solera_merge.kernels.selection import VARIANCE
+from solera_merge.kernels.selection import SPREAD
 from solera_merge.kernels.spans import (
     Rows,
     span_of_band,
@@ -412,7 +412,7 @@ def sce(tensor: RawTensor, /, *, select_topk: float, int8_mask: bool) -> RawForm
     """As `methods.sce`."""
     del int8_mask
     wanted = tensor.size if select_topk >= 1 else partial(_sce.count_selected, select_topk)
-    [cut] = raw_cuts(tensor, [(VARIANCE, wanted)])
+    [cut] = raw_cuts(tensor, [(SPREAD, wanted)])
     bits, last = np.uint32(cut.bits), min(cut.last, tensor.size)
     parts = [list[float]() for _ in tensor.keys]
     for block in tensor.blocks():

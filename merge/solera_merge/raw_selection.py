@@ -29,7 +29,7 @@ def raw_cuts(tensor: "RawTensor", rankings: Sequence[tuple[int, Wanted]]) -> lis
 
     Args:
         tensor: with a base.
-        rankings: (row of a model, whose deltas are ranked, or `kernels.selection.VARIANCE`; how many are wanted).
+        rankings: (row of a model, whose deltas are ranked, or `kernels.selection.SPREAD`; how many are wanted).
 
     Raises:
         NotFiniteError: an input is not finite.

@@ -4,9 +4,9 @@ import numpy as np
 import numpy.typing as npt
 
 from solera_merge.kernels.compiled import kernel
+from solera_merge.kernels.deltas import load_deltas
 from solera_merge.kernels.drift import add_drift
 from solera_merge.kernels.formats import PIECE, narrow, widen
-from solera_merge.kernels.variance import load_deltas
 
 __all__ = ["count_changes", "merge_changes", "merge_near"]
 

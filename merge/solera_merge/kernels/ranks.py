@@ -4,11 +4,11 @@ import numpy as np
 import numpy.typing as npt
 
 from solera_merge.kernels.compiled import kernel
+from solera_merge.kernels.deltas import load_deltas
 from solera_merge.kernels.drift import add_drift
 from solera_merge.kernels.formats import PIECE, narrow
 from solera_merge.kernels.philox import philox_words
 from solera_merge.kernels.sparsified import merge_kept
-from solera_merge.kernels.variance import load_deltas
 
 __all__ = ["merge_ranked", "rank_rows"]
 
@@ -18,9 +18,9 @@ Words64 = npt.NDArray[np.uint64]
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _U32 = np.uint64(32)
-_BITS = 8  # of a digit: four of them hold the magnitude, and 256 counters are cleared sooner than a row is read
-_DIGITS = 4
-_MASK = np.uint64((1 << _BITS) - 1)
+_ALL = np.uint32(0xFFFFFFFF)
+_FEW_BITS, _MOST_BITS = 8, 11  # of a digit, at most; clearing 2048 counters takes as long as moving so many elements
+_MANY = 1000
 
 
 @kernel
@@ -33,7 +33,7 @@ def rank_rows(words: Words, width: int, ranks: npt.NDArray[np.int64]) -> None:
         ranks: [n], overwritten.
     """
     order, spare = np.empty(width, np.uint64), np.empty(width, np.uint64)
-    counts = np.empty((_DIGITS, 1 << _BITS), np.int64)
+    counts = np.empty(1 << _MOST_BITS, np.int64)
     for begin in range(0, words.size, width):
         row, out = words[begin : begin + width], ranks[begin : begin + width]
         number = _sort(row, order, spare, counts)
@@ -50,43 +50,47 @@ def rank_rows(words: Words, width: int, ranks: npt.NDArray[np.int64]) -> None:
 def _sort(row: Words, order: Words64, spare: Words64, counts: npt.NDArray[np.int64]) -> int:
     """Into `order`: the places (lower half) of what is not 0, ascending; of equal words the first comes last.
 
-    How many there are. `spare` and `counts` are scratch space. Many task vectors are mostly zeros, and take part in no
-    choice.
+    How many there are. `spare` and `counts` are scratch space. Zeros take part in no choice, and many task vectors are
+    mostly zeros. Only bits that differ are looked at: of bfloat16 weights that is half of them.
     """
     width = row.size
+    seen, shared = np.uint32(0), _ALL
+    for j in range(width):
+        seen |= row[j]
+        shared &= row[j] if row[j] != 0 else _ALL
     number = 0
-    seen, shared = np.uint32(0), np.uint32(0xFFFFFFFF)
     for i in range(width):  # from the last to the first, and the passes are stable
         j = width - 1 - i
-        word = row[j]
-        order[number] = (np.uint64(word) << _U32) | np.uint64(j)
-        number += int(word != 0)
-        seen |= word
-        shared &= word if word != 0 else np.uint32(0xFFFFFFFF)
-    differ = np.uint64(seen & ~shared)
-    counts[:] = 0
-    for j in range(number):
-        word = order[j] >> _U32
-        for d in range(_DIGITS):
-            counts[d, (word >> np.uint64(d * _BITS)) & _MASK] += 1
+        order[number] = (np.uint64(row[j]) << _U32) | np.uint64(j)
+        number += int(row[j] != 0)
+    low, high = 0, 0
+    differ = int(seen & ~shared)
+    while differ >> high != 0:
+        high += 1
+    while low < high and (differ >> low) & 1 == 0:
+        low += 1
+    most = _FEW_BITS if number < _MANY else _MOST_BITS
+    passes = (high - low + most - 1) // most
     source, target = order, spare
-    for d in range(_DIGITS):
-        if (differ >> np.uint64(d * _BITS)) & _MASK == 0:
-            continue  # the same in all words
-        places = counts[d]
+    for d in range(passes):
+        bits = (high - low + passes - 1) // passes
+        shift, mask = np.uint64(32 + low + d * bits), np.uint64((1 << bits) - 1)
+        places = counts[: 1 << bits]
+        places[:] = 0
+        for j in range(number):
+            places[(source[j] >> shift) & mask] += 1
         place = 0
-        for v in range(1 << _BITS):
+        for v in range(1 << bits):
             here = places[v]
             places[v] = place
             place += here
-        shift = np.uint64(32 + d * _BITS)
         for j in range(number):
             entry = source[j]
-            digit = (entry >> shift) & _MASK
+            digit = (entry >> shift) & mask
             target[places[digit]] = entry
             places[digit] += 1
         source, target = target, source
-    if source.ctypes.data != order.ctypes.data:
+    if passes % 2 == 1:
         order[:number] = source[:number]
     return number
 
@@ -122,7 +126,7 @@ def merge_ranked(
     rows, terms = np.empty((models, width), np.float32), np.empty((models, PIECE), np.float32)
     magnitude, words = np.empty(width, np.uint32), np.empty((width + 6) // 4 * 4, np.uint32)
     order, spare = np.empty(width, np.uint64), np.empty(width, np.uint64)
-    counts = np.empty((_DIGITS, 1 << _BITS), np.int64)
+    counts = np.empty(1 << _MOST_BITS, np.int64)
     for begin in range(0, n, width):
         if load_deltas(raw, codes, begin, width, base, rows):
             bad |= 1

@@ -4,11 +4,11 @@ import numpy as np
 import numpy.typing as npt
 
 from solera_merge.kernels.compiled import kernel
+from solera_merge.kernels.deltas import load_deltas, spreads
 from solera_merge.kernels.drift import add_drift
 from solera_merge.kernels.formats import PIECE, narrow
 from solera_merge.kernels.norms import dot
-from solera_merge.kernels.sparsified import ELECT_UNWEIGHTED, merge_kept
-from solera_merge.kernels.variance import load_deltas, variances
+from solera_merge.kernels.sparsified import ALL, ELECT_UNWEIGHTED, SIGN, merge_kept
 
 __all__ = ["merge_selected", "squares_of_selected"]
 
@@ -24,7 +24,7 @@ def squares_of_selected(
 ) -> bool:
     """Chunk sums of the squares of the deltas that are kept, [N, chunks]. Whether an input is not finite.
 
-    Kept is where the variance over the models exceeds the float32 `bits`, or equals it up to flat index `last`.
+    Kept is where the spread of the deltas exceeds the float32 `bits`, or equals it up to flat index `last`.
     `chunk`, `lanes`: see `solera_merge.kernels.norms.dot_chunks`.
     """
     models = codes.size - 1
@@ -77,18 +77,18 @@ def merge_selected(
 def _select(
     terms: Float32, m: int, first: int, bits: np.uint32, last: int, mean: Float64, squares: Float64, spread: Float32
 ) -> None:
-    """Multiply the deltas [N, m] by 1 where the variance says so, else by 0; element 0 has flat index `first`."""
+    """Leave the deltas [N, m] where the spread says so, else make them 0; element 0 has flat index `first`."""
     if bits == 0 and last >= first + m:
         return
-    variances(terms, m, mean, squares, spread)
-    words = spread.view(np.uint32)
+    spreads(terms, m, mean, squares, spread)
+    masks = spread.view(np.uint32)
     equal = min(max(last + 1 - first, 0), m)
     for j in range(equal):
-        spread[j] = np.float32(words[j] >= bits)
-    later, later_words = spread[equal:m], words[equal:m]
+        masks[j] = ALL if masks[j] >= bits else SIGN
+    later = masks[equal:m]
     for j in range(m - equal):
-        later[j] = np.float32(later_words[j] > bits)
+        later[j] = ALL if later[j] > bits else SIGN
     for i in range(len(terms)):
-        term = terms[i]
+        words = terms[i].view(np.uint32)
         for j in range(m):
-            term[j] *= spread[j]
+            words[j] &= masks[j]

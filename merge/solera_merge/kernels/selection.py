@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from solera_merge.kernels.compiled import kernel
+from solera_merge.kernels.deltas import load_deltas, spreads
 from solera_merge.kernels.formats import PIECE, widen
-from solera_merge.kernels.variance import load_deltas, variances
 
 __all__ = [
-    "VARIANCE",
+    "SPREAD",
     "collect_bin",
     "count_lower",
     "count_upper",
@@ -36,21 +36,21 @@ _ONE = np.uint32(1)
 _GROUP = 64  # elements looked at together: mostly none of them is in the bin
 
 
-VARIANCE: Final = -1
-"""In place of a model: what is ranked is the variance of the deltas over the models."""
+SPREAD: Final = -1
+"""In place of a model: what is ranked is how far the deltas of the models are apart."""
 
 
 @kernel
 def ranked(raw: Bytes, codes: Codes, model: int, begin: int, m: int, other: Float32, out: Float32) -> bool:
-    """out[:m] = W_model - W_0 (or the variance) of elements [begin, begin + m); W_0 is the last row.
+    """out[:m] = W_model - W_0 (or their spread) of elements [begin, begin + m); W_0 is the last row.
 
     Whether an input is not finite. `other` is scratch space of the same length.
     """
     base = codes.size - 1
-    if model == VARIANCE:
+    if model == SPREAD:
         terms = np.empty((base, m), np.float32)
         bad = load_deltas(raw, codes, begin, m, other, terms)
-        variances(terms, m, np.empty(m), np.empty(m), out)
+        spreads(terms, m, np.empty(m), np.empty(m), out)
         return bad
     bad = widen(raw[model], codes[model], begin, m, out)
     bad |= widen(raw[base], codes[base], begin, m, other)
@@ -101,7 +101,7 @@ def count_upper(raw: Bytes, codes: Codes, n: int, model: int, tables: Words2D) -
         raw: see `solera_merge.kernels`; the base is the last row.
         codes: of the rows.
         n: elements.
-        model: row, or `VARIANCE`.
+        model: row, or `SPREAD`.
         tables: [`solera_merge.selection.TABLES`, 2^15]; their sum is the histogram.
 
     Returns:

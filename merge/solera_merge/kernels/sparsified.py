@@ -6,16 +6,18 @@ import numpy as np
 import numpy.typing as npt
 
 from solera_merge.kernels.compiled import kernel
+from solera_merge.kernels.deltas import load_deltas
 from solera_merge.kernels.drift import add_drift
 from solera_merge.kernels.formats import PIECE, narrow, widen
 from solera_merge.kernels.norms import dot
 from solera_merge.kernels.philox import philox_words
-from solera_merge.kernels.variance import load_deltas
 
 __all__ = [
+    "ALL",
     "ELECT_NONE",
     "ELECT_UNWEIGHTED",
     "ELECT_WEIGHTED",
+    "SIGN",
     "l1_chunks",
     "merge_band",
     "merge_kept",
@@ -29,6 +31,8 @@ Words = npt.NDArray[np.uint32]
 Places = npt.NDArray[np.int64]
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
+ALL, SIGN = np.uint32(0xFFFFFFFF), np.uint32(0x80000000)
+"""Bits that are left of a number: those of what is kept, and those of what is made 0."""
 
 ELECT_NONE: Final = 0
 ELECT_WEIGHTED: Final = 1
@@ -124,21 +128,21 @@ def l1_chunks(
 def _keep_band(
     term: Float32, m: int, first: int, outer: np.uint32, outer_last: int, inner: np.uint32, inner_last: int
 ) -> None:
-    """Multiply by 1 what is kept, by 0 what is not; term[0] has flat index `first`."""
+    """Leave what is kept, make 0 (with its sign, as a product with 0 has it) what is not; term[0] has index `first`."""
     words = term.view(np.uint32)
     if inner < _MAGNITUDE:
         equal = min(max(inner_last + 1 - first, 0), m)  # those that equal the threshold count up to here
         for j in range(equal):
-            term[j] *= np.float32((words[j] & _MAGNITUDE) < inner)
-        later, later_words = term[equal:m], words[equal:m]
+            words[j] &= ALL if (words[j] & _MAGNITUDE) < inner else SIGN
+        later = words[equal:m]
         for j in range(m - equal):
-            later[j] *= np.float32((later_words[j] & _MAGNITUDE) <= inner)
+            later[j] &= ALL if (later[j] & _MAGNITUDE) <= inner else SIGN
     equal = min(max(outer_last + 1 - first, 0), m)
     for j in range(equal):
-        term[j] *= np.float32((words[j] & _MAGNITUDE) >= outer)
-    later, later_words = term[equal:m], words[equal:m]
+        words[j] &= ALL if (words[j] & _MAGNITUDE) >= outer else SIGN
+    later = words[equal:m]
     for j in range(m - equal):
-        later[j] *= np.float32((later_words[j] & _MAGNITUDE) > outer)
+        later[j] &= ALL if (later[j] & _MAGNITUDE) > outer else SIGN
 
 
 @kernel

@@ -68,21 +68,21 @@ def count_selected(share: float, differing: int) -> int:
 def _select(tensor: Tensor, share: float) -> Sparsify:
     """The task vectors, of which only the elements of largest variance are left."""
     whole = Ranked((0,), partial(count_selected, share))
-    cut = KEEP_ALL if share >= 1 else cuts([tensor], [whole], lambda block, _: _variance(block.deltas))[0][0]
+    cut = KEEP_ALL if share >= 1 else cuts([tensor], [whole], lambda block, _: _spread(block.deltas))[0][0]
 
     def select(block: Block) -> list[Float32]:
         deltas = block.deltas
         if cut is KEEP_ALL:
             return deltas
-        mask = cut.keeps(_variance(deltas), block.start)
+        mask = cut.keeps(_spread(deltas), block.start)
         return [delta * mask for delta in deltas]
 
     return select
 
 
-def _variance(deltas: Sequence[Float32]) -> Float32:
-    """Over the models, [n] float32; computed in fp64, so that it is 0 just where all are equal."""
+def _spread(deltas: Sequence[Float32]) -> Float32:
+    """N times the variance over the N models, [n] float32; computed in fp64: 0 just where all are equal."""
     wide = [delta.astype(np.float64) for delta in deltas]
     mean = sum(wide) / len(wide)
     squares = [(delta - mean) ** 2 for delta in wide]
-    return np.asarray(sum(squares) / len(wide), np.float32)
+    return np.asarray(sum(squares), np.float32)
