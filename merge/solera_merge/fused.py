@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias, TypedDict, Unpack
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -255,18 +255,17 @@ def _merged_bands(
     rescale: bool,
     lambda_: float,
 ) -> RawFormula:
-    def of(cuts: Sequence[Cut]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        places = [min(cut.last, tensor.size) for cut in cuts]
-        return np.array([cut.bits for cut in cuts], np.uint32), np.array(places, np.int64)
-
-    limits = (*of([band.outer for band in bands]), *of([band.inner for band in bands]))
+    limits = _Limits(*_arrays([band.outer for band in bands], tensor), *_arrays([band.inner for band in bands], tensor))
     kept = np.array(_keep_norm(tensor, limits) if rescale else [1.0] * len(bands), np.float32)
     factors, scale = np.array(weight, np.float32), np.float32(lambda_)
     divisor = np.float32(sum(weight) or 1.0)
     return lambda b, out, code, drift: span_of_band(
         *b.rows,
         b.start,
-        *limits,
+        limits.outer,
+        limits.outer_last,
+        limits.inner,
+        limits.inner_last,
         kept,
         factors,
         elect,
@@ -279,15 +278,41 @@ def _merged_bands(
     )
 
 
-def _keep_norm(tensor: RawTensor, limits: tuple[npt.NDArray[Any], ...]) -> list[np.float32]:
+class _Limits(NamedTuple):
+    """Bands of all models, [N] each, as kernels take them."""
+
+    outer: npt.NDArray[np.uint32]
+    outer_last: npt.NDArray[np.int64]
+    inner: npt.NDArray[np.uint32]
+    inner_last: npt.NDArray[np.int64]
+
+
+def _arrays(cuts: Sequence[Cut], tensor: RawTensor) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    places = [min(cut.last, tensor.size) for cut in cuts]
+    return np.array([cut.bits for cut in cuts], np.uint32), np.array(places, np.int64)
+
+
+def _keep_norm(tensor: RawTensor, limits: _Limits) -> list[np.float32]:
     """As `task_vectors.keep_norm`."""
-    models = len(limits[0])
+    models = limits.outer.size
     before, after = [list[float]() for _ in range(models)], [list[float]() for _ in range(models)]
     for block in tensor.blocks():
         sums = np.empty((2, -(-block.n // CHUNK_ELEMENTS)))
         for i in range(models):
-            band = [limit[i] for limit in limits]
-            l1_chunks(block.raw, block.codes, block.n, block.start, i, *band, CHUNK_ELEMENTS, LANES, sums)
+            l1_chunks(
+                block.raw,
+                block.codes,
+                block.n,
+                block.start,
+                i,
+                limits.outer[i],
+                limits.outer_last[i],
+                limits.inner[i],
+                limits.inner_last[i],
+                CHUNK_ELEMENTS,
+                LANES,
+                sums,
+            )
             add_parts(before[i], sums[0].tolist())
             add_parts(after[i], sums[1].tolist())
     return norm_factors([math.fsum(x) for x in before], [math.fsum(x) for x in after])

@@ -48,6 +48,7 @@ class TwoBuffers:
         self, rows: Sequence[Bytes], dtypes: Sequence[str], size: int, keys: tuple[int, ...], step: int
     ) -> None:
         self.rows, self.dtypes, self.size, self.keys, self.step = rows, dtypes, size, keys, step
+        self.shape = (size,)
 
     def blocks(self) -> Iterator[RawBlock]:
         codes = np.array([CODES[d] for d in self.dtypes], np.int64)

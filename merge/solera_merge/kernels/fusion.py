@@ -135,7 +135,7 @@ def _maximum(values: Float32) -> np.float32:
         largest = max(largest, lanes[j])
     for j in range(whole, values.size):
         largest = max(largest, values[j])
-    return largest
+    return np.float32(largest)
 
 
 @kernel
