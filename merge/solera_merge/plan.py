@@ -1,6 +1,6 @@
 """The plan of a merge: every output tensor with its sources, method and resolved parameters, from headers alone.
 
-    recipe -> models (opened, compared) -> runs -> targets -> parameters -> plan
+    recipe -> models (opened, compared) -> parts, runs -> targets -> parameters -> plan
 
 Nothing here reads a weight. The plan is pure data: it can be printed, hashed, and executed later or elsewhere.
 """
@@ -8,11 +8,11 @@ Nothing here reads a weight. The plan is pure data: it can be printed, hashed, a
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from solera_core.architecture import is_embedding, is_head, vocab_size
+from solera_core.architecture import fused_experts, has_tokens_beyond_vocabulary, is_embedding, is_head, vocab_size
 from solera_core.checkpoint import Checkpoint
 from solera_core.context import Context
 from solera_core.digest import json_digest
@@ -33,7 +33,7 @@ from solera_merge.methods.catalogue import METHODS
 from solera_merge.models import Models, compare, open_models
 from solera_merge.problems import Problems
 from solera_merge.resolve import resolve
-from solera_merge.runs import runs_of
+from solera_merge.runs import parts_of
 from solera_merge.targets import Target, find_targets
 from solera_merge.vocabulary import check_tokenizer
 
@@ -81,6 +81,7 @@ class TensorPlan:
         models: the other sources, in the order of the recipe.
         parameters: by name in a recipe; a tuple has one value a model.
         keys: a random key a model.
+        experts: how many tensors this is, along its first axis: fused experts are merged one by one.
         mergekit: the number format in which mergekit's own method computes it (`solera_merge.compat`); None: the method
             of the catalogue does, in float32.
     """
@@ -93,12 +94,23 @@ class TensorPlan:
     models: tuple[SourceTensor, ...]
     parameters: Mapping[str, Any]
     keys: tuple[int, ...]
+    experts: int = 1
     mergekit: str | None = None
 
     @property
     def spec(self) -> TensorSpec:
         """As the writer wants it."""
         return TensorSpec(self.name, self.dtype, self.shape)
+
+    @property
+    def pieces(self) -> "list[TensorPlan]":
+        """The tensor itself, or the experts' one by one, each with keys of its own."""
+        if self.experts == 1:
+            return [self]
+        return [
+            replace(self, shape=self.shape[1:], keys=tuple((k + i) % 2**128 for k in self.keys), experts=1)
+            for i in range(self.experts)
+        ]
 
     @property
     def sources(self) -> tuple[SourceTensor, ...]:
@@ -145,10 +157,10 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
 
         open_device(ctx.device)  # says what is there if it is not
     models = open_models(config, ctx)
-    whole = config.models is not None
+    whole = all(part.models is not None for part in config.parts.values())
     warnings = compare(models, whole=whole, same_tokenizer=config.tokenizer_source is not None)
-    runs = runs_of(config, models)
-    targets, notes = find_targets(runs, models, whole=whole)
+    parts = parts_of(config, models)
+    targets, notes = find_targets(parts, models)
     warnings += notes
     resolved = resolve(config, targets, models)
     problems = Problems()
@@ -160,7 +172,7 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
         tensors = as_mergekit(config, tensors, models, ctx, problems)
     problems.raise_any()
     dtype = _main_dtype(tensors)
-    content, notes = output_config(models, runs, whole=whole, dtype=_TORCH_NAME[dtype])
+    content, notes = output_config(models, parts, dtype=_TORCH_NAME[dtype])
     warnings += notes
     _check_vocabulary(tensors, content, models)
     donor = _tokenizer_owner(config, models)
@@ -210,6 +222,7 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
     ]
     writes: list[Mapping[str, Any]] = [{"what": s.file, "bytes": s.nbytes} for s in layout(plan.specs)]
     writes += [{"what": f.name, "bytes": f.stat().st_size} for f in plan.sidecars]
+    parameters = list(dict.fromkeys(name for method in config.methods for name in method.parameters))
     return Plan(
         stage="merge",
         reads=reads,
@@ -225,7 +238,7 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
             **({} if ctx.compat is None else {"compat": ctx.compat}),
             **({} if ctx.device == "cpu" else {"device": ctx.device}),
         },
-        rows=[_row(tensor, models, list(config.method.parameters)) for tensor in plan.tensors],
+        rows=[_row(tensor, models, parameters) for tensor in plan.tensors],
         warnings=plan.warnings,
     )
 
@@ -239,11 +252,14 @@ def tensor_bytes(tensor: TensorPlan, *, device: str = "cpu") -> int:
         from solera_merge.compat import whole_bytes
 
         return whole_bytes(tensor)
-    unit = "elements" if tensor.method == COPY else METHODS[tensor.method].unit_of(tensor.name, tensor.shape)
-    starts = block_starts(tensor.shape, unit, _block_elements(tensor.method, device))
+    shape = tensor.pieces[0].shape
+    unit = "elements" if tensor.method == COPY else METHODS[tensor.method].unit_of(tensor.name, shape)
+    starts = block_starts(shape, unit, _block_elements(tensor.method, device))
     block = starts[1] - starts[0] if len(starts) > 1 else 0
     item_bytes = _SVD_BYTES if unit == "matrices" else 4
-    return (len(tensor.sources) * 2 + _TEMPORARIES) * block * item_bytes + len(tensor.models) * _SELECTION_BYTES
+    held = 0 if tensor.method == COPY else METHODS[tensor.method].held(shape, tensor.parameters)
+    blocks = (len(tensor.sources) * 2 + _TEMPORARIES) * block * item_bytes
+    return blocks + len(tensor.models) * _SELECTION_BYTES + held
 
 
 def _block_elements(method: str, device: str) -> int:
@@ -324,8 +340,11 @@ def _check_shapes(targets: Sequence[Target], models: Models, problems: Problems)
 def _check_vocabulary(tensors: Sequence[TensorPlan], content: Mapping[str, Any], models: Models) -> None:
     """Slices may take embedding, head and config.json from three models."""
     rows = vocab_size(content)
+    more = has_tokens_beyond_vocabulary(content)
     for tensor in tensors:
         if (is_embedding(tensor.name) or is_head(tensor.name)) and tensor.shape and rows not in (None, tensor.shape[0]):
+            if more and is_embedding(tensor.name) and rows is not None and tensor.shape[0] > rows:
+                continue
             file = models.checkpoints[models.owner].path / "config.json"
             raise CheckpointError(
                 f"{file}: vocab_size is {rows}, but {tensor.name!r} of "
@@ -342,6 +361,7 @@ def _tensor_plans(
     problems: Problems,
 ) -> list[TensorPlan]:
     wanted = config.out_dtype or config.dtype
+    content = models.checkpoints[models.owner].config
     plans: list[TensorPlan] = []
     for target, parameters in zip(targets, resolved, strict=True):
         sources = [SourceTensor(s.model, n) for s, n in zip(target.run.sources, target.inputs, strict=True)]
@@ -367,8 +387,10 @@ def _tensor_plans(
         dtype = SAFETENSORS_NAME[wanted] if wanted else stored[0] if len(stored) == 1 else "F32"
         base = next((s for s in sources if s.model == target.run.base), None)
         others = tuple(s for s in sources if s is not base)
+        method = target.run.method.name
         keys = tuple(key(seed, target.name, models.ref(s.model)) for s in others)
-        plans.append(TensorPlan(target.name, dtype, shape, config.merge_method, base, others, parameters, keys))
+        experts = fused_experts(target.name, shape, content)
+        plans.append(TensorPlan(target.name, dtype, shape, method, base, others, parameters, keys, experts))
     return plans
 
 

@@ -1,13 +1,15 @@
 """Arcee Fusion: take the model's value where the change is important, the base's elsewhere."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from solera_merge.block import Block, Float32, Formula, Tensor
 from solera_merge.selection import order_statistics
 
-__all__ = ["arcee_fusion", "threshold_of"]
+__all__ = ["arcee_fusion", "held_divergences", "threshold_of"]
 
 
 def arcee_fusion(tensor: Tensor, /) -> Formula:
@@ -46,6 +48,11 @@ def arcee_fusion(tensor: Tensor, /) -> Formula:
         return np.where(importance(block) >= threshold, block.models[0], block.base)
 
     return formula
+
+
+def held_divergences(shape: tuple[int, ...], _parameters: Mapping[str, Any]) -> int:
+    """Bytes: one float32 a row."""
+    return 4 * math.prod(shape[:-1])
 
 
 def threshold_of(passes: Callable[[], Iterator[Float32]], size: int) -> np.float32:

@@ -1,7 +1,8 @@
 """Model Breadcrumbs: drop the largest and the small changes, then add up the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from solera_merge.block import Formula, Tensor
 from solera_merge.methods.signature import Finite, Fraction, PerModel
@@ -10,7 +11,7 @@ from solera_merge.selection import Kept, middle_deltas
 from solera_merge.signs import weighted_sum
 from solera_merge.task_vectors import keep, keep_norm, on_base
 
-__all__ = ["breadcrumbs"]
+__all__ = ["breadcrumbs", "held_inner_search"]
 
 
 def breadcrumbs(
@@ -59,3 +60,8 @@ def breadcrumbs(
     kept = middle_deltas(tensor, density, gamma) if of_model is None else of_model
     factors = keep_norm(tensor, kept) if rescale else None
     return on_base(keep(kept, factors), partial(weighted_sum, weight=weight, normalize=normalize, scale=lambda_))
+
+
+def held_inner_search(_shape: tuple[int, ...], parameters: Mapping[str, Any]) -> int:
+    """Bytes: a second search a model, for the elements that are left out."""
+    return (3 << 20) * len(parameters["density"])

@@ -1,6 +1,8 @@
 """Spherical linear interpolation between two models, or between their task vectors, without a threshold."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +12,7 @@ from solera_merge.combination import combine
 from solera_merge.methods.signature import Finite, PerModel
 from solera_merge.reduction import gram
 
-__all__ = ["coefficients", "nuslerp"]
+__all__ = ["coefficients", "held_along_first", "nuslerp"]
 
 Float64 = npt.NDArray[np.float64]
 
@@ -43,7 +45,7 @@ def nuslerp(
 
     Args:
         tensor: two models, perhaps a base; read once more for the norms, except for rows. Along the first axis
-            24 bytes are held for every element of size / shape[0].
+            80 bytes are held for every element of size / shape[0].
         weight: w_i; a weight of 0 gives the other model, values of opposite sign extrapolate.
         nuslerp_row_wise: vectors along the first axis; without effect if nuslerp_flatten.
         nuslerp_flatten: the whole tensor is one vector.
@@ -55,6 +57,13 @@ def nuslerp(
     if nuslerp_flatten or len(tensor.shape) < 2:
         return _whole(tensor, t)
     return _along_first(tensor, t) if nuslerp_row_wise else _along_last(tensor.shape[-1], t)
+
+
+def held_along_first(shape: tuple[int, ...], parameters: Mapping[str, Any]) -> int:
+    """Bytes: sums, and what the coefficients are computed with (measured: 75 a vector)."""
+    if parameters["nuslerp_flatten"] or not parameters["nuslerp_row_wise"] or len(shape) < 2:
+        return 0
+    return 80 * math.prod(shape[1:])
 
 
 def _whole(tensor: Tensor, t: float) -> Formula:
