@@ -17,33 +17,10 @@ import numpy.typing as npt
 
 from solera_core.dtypes import ITEM_BYTES
 from solera_merge.block import CHUNK_ELEMENTS
-from solera_merge.kernels.changes import count_changes
+from solera_merge.kernels.elections import ELECT_NONE, ELECT_WEIGHTED
 from solera_merge.kernels.formats import CODES
-from solera_merge.kernels.fusion import divergence_of_rows, importances, merge_important
-from solera_merge.kernels.norms import gram_chunks
-from solera_merge.kernels.ranks import merge_ranked
-from solera_merge.kernels.sce import squares_of_selected
-from solera_merge.kernels.selection import SPREAD
-from solera_merge.kernels.spans import (
-    Rows,
-    span_of_band,
-    span_of_changes,
-    span_of_deltas,
-    span_of_near,
-    span_of_random,
-    span_of_selected,
-    span_of_sum,
-)
-from solera_merge.kernels.sparsified import ELECT_NONE, ELECT_WEIGHTED, l1_chunks
+from solera_merge.kernels.spans import Rows
 from solera_merge.masks import split_key, threshold
-from solera_merge.methods import arcee_fusion as _arcee_fusion
-from solera_merge.methods import karcher as _karcher
-from solera_merge.methods import model_stock as _model_stock
-from solera_merge.methods import multislerp as _multislerp
-from solera_merge.methods import nuslerp as _nuslerp
-from solera_merge.methods import ram as _ram
-from solera_merge.methods import sce as _sce
-from solera_merge.methods import slerp as _slerp
 from solera_merge.raw_selection import NotFiniteError, raw_cuts
 from solera_merge.reduction import LANES, add_parts, symmetric
 from solera_merge.selection import KEEP_NONE, Band, Cut, band_ranks, count_kept
@@ -138,6 +115,8 @@ _one = np.float32(1)
 
 def linear(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool) -> RawFormula:
     """As `methods.linear`."""
+    from solera_merge.kernels.sums import span_of_sum
+
     factors = np.array(weight, np.float32)
     divisor = np.float32(sum(weight)) if normalize else _one
     return lambda b, out, code, drift: span_of_sum(*b.rows, factors, divisor, out, code, drift, 0)
@@ -145,14 +124,19 @@ def linear(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool) -
 
 def passthrough(_tensor: RawTensor, /, *, scale: Sequence[float]) -> RawFormula:
     """As `methods.passthrough`."""
+    from solera_merge.kernels.sums import span_of_sum
+
     factors = np.array(scale, np.float32)
     return lambda b, out, code, drift: span_of_sum(*b.rows, factors, _one, out, code, drift, 0)
 
 
 def slerp(tensor: RawTensor, /, *, t: float) -> RawFormula:
     """As `methods.slerp`."""
+    from solera_merge.kernels.sums import span_of_sum
+    from solera_merge.methods.slerp import coefficients
+
     (model, product), (_, base) = _gram(tensor, 2)
-    c_base, c_model = _slerp.coefficients(t, math.sqrt(base), math.sqrt(model), product)
+    c_base, c_model = coefficients(t, math.sqrt(base), math.sqrt(model), product)
     factors = np.array([c_model, c_base], np.float32)  # a sum of two has the same bits in either order
     return lambda b, out, code, drift: span_of_sum(*b.rows, factors, _one, out, code, drift, 1)
 
@@ -161,33 +145,44 @@ def nuslerp(
     tensor: RawTensor, /, *, weight: Sequence[float], nuslerp_row_wise: bool, nuslerp_flatten: bool
 ) -> RawFormula:
     """As `methods.nuslerp` where the whole tensor is one vector."""
+    from solera_merge.methods.nuslerp import coefficients
+
     assert nuslerp_flatten
     del nuslerp_row_wise
-    return _in_span(_nuslerp.coefficients(_gram(tensor, 2), weight[1] / (weight[0] + weight[1])))
+    return _in_span(coefficients(_gram(tensor, 2), weight[1] / (weight[0] + weight[1])))
 
 
 def multislerp(tensor: RawTensor, /, *, weight: Sequence[float], normalize_weights: bool, eps: float) -> RawFormula:
     """As `methods.multislerp`."""
+    from solera_merge.methods.multislerp import coefficients
+
     divisor = math.fsum(weight) if normalize_weights else 1.0
-    return _in_span(_multislerp.coefficients(_gram(tensor, len(weight)), [w / divisor for w in weight], eps))
+    return _in_span(coefficients(_gram(tensor, len(weight)), [w / divisor for w in weight], eps))
 
 
 def karcher(tensor: RawTensor, /, *, weight: Sequence[float], max_iter: int, tol: float) -> RawFormula:
     """As `methods.karcher`."""
-    return _in_span(_karcher.coefficients(_gram(tensor, len(weight)), weight, max_iter, tol))
+    from solera_merge.methods.karcher import coefficients
+
+    return _in_span(coefficients(_gram(tensor, len(weight)), weight, max_iter, tol))
 
 
 def model_stock(tensor: RawTensor, /, *, filter_wise: bool) -> RawFormula:
     """As `methods.model_stock` with one angle a tensor."""
+    from solera_merge.kernels.sums import span_of_deltas
+    from solera_merge.methods.model_stock import ratio
+
     assert not filter_wise
     count = len(tensor.keys)
-    t = np.float32(_model_stock.ratio(_gram(tensor, count)))
+    t = np.float32(ratio(_gram(tensor, count)))
     ones, divisor = np.ones(count, np.float32), np.float32(count)
     return lambda b, out, code, drift: span_of_deltas(*b.rows, ones, divisor, t, out, code, drift)
 
 
 def task_arithmetic(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool, lambda_: float) -> RawFormula:
     """As `methods.task_arithmetic`."""
+    from solera_merge.kernels.sums import span_of_deltas
+
     factors = np.array(weight, np.float32)
     divisor = np.float32(sum(weight) or 1.0) if normalize else _one
     scale = np.float32(lambda_)
@@ -255,6 +250,8 @@ def _merged_bands(
     rescale: bool,
     lambda_: float,
 ) -> RawFormula:
+    from solera_merge.kernels.sparsified import span_of_band
+
     limits = _Limits(*_arrays([band.outer for band in bands], tensor), *_arrays([band.inner for band in bands], tensor))
     kept = np.array(_keep_norm(tensor, limits) if rescale else [1.0] * len(bands), np.float32)
     factors, scale = np.array(weight, np.float32), np.float32(lambda_)
@@ -294,6 +291,8 @@ def _arrays(cuts: Sequence[Cut], tensor: RawTensor) -> tuple[npt.NDArray[np.uint
 
 def _keep_norm(tensor: RawTensor, limits: _Limits) -> list[np.float32]:
     """As `task_vectors.keep_norm`."""
+    from solera_merge.kernels.sparsified import l1_chunks
+
     models = limits.outer.size
     before, after = [list[float]() for _ in range(models)], [list[float]() for _ in range(models)]
     for block in tensor.blocks():
@@ -340,6 +339,8 @@ def dare_linear(tensor: RawTensor, /, **parameters: Unpack[Dare]) -> RawFormula:
 
 
 def _dare(tensor: RawTensor, elect: int, **parameters: Unpack[Dare]) -> RawFormula:
+    from solera_merge.kernels.sparsified import span_of_random
+
     weight, density = parameters["weight"], parameters["density"]
     normalize = parameters["normalize"]
     keys = np.array([split_key(key) for key in tensor.keys], np.uint64)
@@ -375,6 +376,8 @@ def della_linear(tensor: RawTensor, /, **parameters: Unpack[Della]) -> RawFormul
 
 
 def _della(tensor: RawTensor, elect: int, **parameters: Unpack[Della]) -> RawFormula:
+    from solera_merge.kernels.ranks import merge_ranked
+
     weight, density = parameters["weight"], parameters["density"]
     normalize, width = parameters["normalize"], _width(tensor)
     shares = zip(density, parameters["epsilon"], strict=True)
@@ -409,6 +412,9 @@ def _della(tensor: RawTensor, elect: int, **parameters: Unpack[Della]) -> RawFor
 
 def arcee_fusion(tensor: RawTensor, /) -> RawFormula:
     """As `methods.arcee_fusion`."""
+    from solera_merge.kernels.fusion import divergence_of_rows, importances, merge_important
+    from solera_merge.methods.arcee_fusion import threshold_of
+
     width = _width(tensor)
     divergence = np.empty(tensor.size // width, np.float32)
     buffer = np.empty(tensor.step, np.float32)
@@ -425,7 +431,7 @@ def arcee_fusion(tensor: RawTensor, /) -> RawFormula:
             importances(block.raw, block.codes, block.n, of(block), buffer)
             yield buffer[: block.n]
 
-    limit = _arcee_fusion.threshold_of(passes, tensor.size)
+    limit = threshold_of(passes, tensor.size)
     return lambda b, out, code, drift: merge_important(b.raw, b.codes, b.n, of(b), limit, out, code, drift)
 
 
@@ -435,8 +441,12 @@ def _width(tensor: RawTensor) -> int:
 
 def sce(tensor: RawTensor, /, *, select_topk: float, int8_mask: bool) -> RawFormula:
     """As `methods.sce`."""
+    from solera_merge.kernels.sce import span_of_selected, squares_of_selected
+    from solera_merge.kernels.selection import SPREAD
+    from solera_merge.methods.sce import count_selected, shares
+
     del int8_mask
-    wanted = tensor.size if select_topk >= 1 else partial(_sce.count_selected, select_topk)
+    wanted = tensor.size if select_topk >= 1 else partial(count_selected, select_topk)
     [cut] = raw_cuts(tensor, [(SPREAD, wanted)])
     bits, last = np.uint32(cut.bits), min(cut.last, tensor.size)
     parts = [list[float]() for _ in tensor.keys]
@@ -447,12 +457,14 @@ def sce(tensor: RawTensor, /, *, select_topk: float, int8_mask: bool) -> RawForm
             raise NotFiniteError
         for part, more in zip(parts, sums.tolist(), strict=True):
             add_parts(part, more)
-    weight = np.array(_sce.shares([math.fsum(part) for part in parts]), np.float32)
+    weight = np.array(shares([math.fsum(part) for part in parts]), np.float32)
     return lambda b, out, code, drift: span_of_selected(*b.rows, b.start, bits, last, weight, out, code, drift)
 
 
 def nearswap(_tensor: RawTensor, /, *, t: float) -> RawFormula:
     """As `methods.nearswap`."""
+    from solera_merge.kernels.changes import span_of_near
+
     step = np.float32(t)
     return lambda b, out, code, drift: span_of_near(*b.rows, step, out, code, drift)
 
@@ -464,20 +476,27 @@ def ram(tensor: RawTensor, /, *, epsilon: float) -> RawFormula:
 
 def ramplus_tl(tensor: RawTensor, /, *, r: float, alpha: float, epsilon: float) -> RawFormula:
     """As `methods.ramplus_tl`."""
+    from solera_merge.kernels.changes import count_changes
+    from solera_merge.methods.ram import scales
+
     counts = np.zeros((len(tensor.keys), 2), np.int64)
     for block in tensor.blocks():
         if count_changes(block.raw, block.codes, block.n, np.float32(epsilon), counts):
             raise NotFiniteError
-    return _selective(epsilon, _ram.scales([(shared, alone) for shared, alone in counts.tolist()], r, alpha))
+    return _selective(epsilon, scales([(shared, alone) for shared, alone in counts.tolist()], r, alpha))
 
 
 def _selective(epsilon: float, scales: Sequence[float]) -> RawFormula:
+    from solera_merge.kernels.changes import span_of_changes
+
     limit, factors = np.float32(epsilon), np.array(scales, np.float32)
     return lambda b, out, code, drift: span_of_changes(*b.rows, limit, factors, out, code, drift)
 
 
 def _gram(tensor: RawTensor, count: int) -> list[list[float]]:
     """As `solera_merge.reduction.gram`, of the first `count` rows; from the base where there is one more."""
+    from solera_merge.kernels.norms import gram_chunks
+
     parts = [list[float]() for _ in range(count * (count + 1) // 2)]
     for block in tensor.blocks():
         sums = np.empty((len(parts), -(-block.n // CHUNK_ELEMENTS)))
@@ -490,6 +509,8 @@ def _gram(tensor: RawTensor, count: int) -> list[list[float]]:
 
 def _in_span(coefficients: Sequence[float]) -> RawFormula:
     """As `solera_merge.combination.combine`."""
+    from solera_merge.kernels.sums import span_of_deltas, span_of_sum
+
     factors = np.array(coefficients, np.float32)
 
     def formula(b: RawBlock, out: npt.NDArray[np.uint8], code: int, drift: Drift) -> int:

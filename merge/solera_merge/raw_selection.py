@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from solera_merge.kernels.selection import collect_bin, count_lower, count_upper, find_equal
 from solera_merge.selection import KEEP_ALL, KEEP_NONE, LOWER, TABLES, UPPER, Cut, descend
 
 if TYPE_CHECKING:
@@ -34,6 +33,8 @@ def raw_cuts(tensor: "RawTensor", rankings: Sequence[tuple[int, Wanted]]) -> lis
     Raises:
         NotFiniteError: an input is not finite.
     """
+    from solera_merge.kernels.selection import count_upper
+
     found: dict[int, Cut] = {}
     for r, (_, wanted) in enumerate(rankings):
         if isinstance(wanted, int) and not 0 < wanted < tensor.size:
@@ -67,6 +68,8 @@ def raw_cuts(tensor: "RawTensor", rankings: Sequence[tuple[int, Wanted]]) -> lis
 
 
 def _search(tensor: "RawTensor", searches: "Sequence[_Search]") -> None:
+    from solera_merge.kernels.selection import count_lower, find_equal
+
     small = [s for s in searches if s.inside <= _COLLECTED]
     large = [s for s in searches if s.inside > _COLLECTED]
     for block in tensor.blocks() if searches else ():
@@ -110,6 +113,8 @@ class _Search:
 
     def collect(self, block: "RawBlock") -> None:
         """Note the elements of the bin in this block."""
+        from solera_merge.kernels.selection import collect_bin
+
         self._found = collect_bin(
             block.raw, block.codes, block.n, self.source, block.start, self.bin, self._places, self._lower, self._found
         )

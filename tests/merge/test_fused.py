@@ -19,10 +19,10 @@ from solera_core.dtypes import ITEM_BYTES, from_float32, nonfinite, to_float32
 from solera_merge.block import CHUNK_ELEMENTS, block_starts
 from solera_merge.fused import FUSED, ROWS, NotFiniteError, RawBlock, _merged_bands, has_twin
 from solera_merge.kernels import compiled
+from solera_merge.kernels.elections import ELECT_WEIGHTED
 from solera_merge.kernels.formats import CODES, PIECE, narrow, widen
 from solera_merge.kernels.selection import collect_bin, find_equal
 from solera_merge.kernels.spans import UNREADABLE
-from solera_merge.kernels.sparsified import ELECT_WEIGHTED
 from solera_merge.masks import bernoulli
 from solera_merge.methods.catalogue import METHODS
 from solera_merge.selection import KEEP_ALL, KEEP_NONE, Band, Cut

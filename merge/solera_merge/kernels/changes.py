@@ -7,8 +7,9 @@ from solera_merge.kernels.compiled import kernel
 from solera_merge.kernels.deltas import load_deltas
 from solera_merge.kernels.drift import add_drift
 from solera_merge.kernels.formats import PIECE, narrow, widen
+from solera_merge.kernels.spans import WIDTHS, Rows, fill
 
-__all__ = ["count_changes", "merge_changes", "merge_near"]
+__all__ = ["count_changes", "merge_changes", "merge_near", "span_of_changes", "span_of_near"]
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -108,4 +109,49 @@ def merge_changes(
         add_drift(merged, base, m, drift)
         if narrow(merged, m, out, out_code, begin):
             bad |= 2
+    return bad
+
+
+@kernel
+def span_of_near(
+    rows: Rows,
+    n: int,
+    step: int,
+    limit: np.float32,
+    out: Bytes,
+    out_code: int,
+    drift: npt.NDArray[np.float64],
+) -> int:
+    """`merge_near` over a span."""
+    bad = 0
+    for at in range(0, n, step):
+        m = min(step, n - at)
+        bad |= fill(rows, at, m)
+        to = out[at * WIDTHS[out_code] :]
+        bad |= merge_near(rows.raw, rows.codes, m, limit, to, out_code, drift)
+        if bad:
+            break
+    return bad
+
+
+@kernel
+def span_of_changes(
+    rows: Rows,
+    n: int,
+    step: int,
+    epsilon: np.float32,
+    scales: Float32,
+    out: Bytes,
+    out_code: int,
+    drift: npt.NDArray[np.float64],
+) -> int:
+    """`merge_changes` over a span."""
+    bad = 0
+    for at in range(0, n, step):
+        m = min(step, n - at)
+        bad |= fill(rows, at, m)
+        to = out[at * WIDTHS[out_code] :]
+        bad |= merge_changes(rows.raw, rows.codes, m, epsilon, scales, to, out_code, drift)
+        if bad:
+            break
     return bad

@@ -6,7 +6,7 @@ import numpy.typing as npt
 from solera_merge.kernels.compiled import kernel
 from solera_merge.kernels.formats import widen
 
-__all__ = ["dot_chunks", "gram_chunks"]
+__all__ = ["dot", "dot_chunks", "gram_chunks"]
 
 Float64 = npt.NDArray[np.float64]
 

@@ -6,11 +6,13 @@ import numpy.typing as npt
 from solera_merge.kernels.compiled import kernel
 from solera_merge.kernels.deltas import load_deltas, spreads
 from solera_merge.kernels.drift import add_drift
+from solera_merge.kernels.elections import ELECT_UNWEIGHTED
 from solera_merge.kernels.formats import PIECE, narrow
 from solera_merge.kernels.norms import dot
-from solera_merge.kernels.sparsified import ALL, ELECT_UNWEIGHTED, SIGN, merge_kept
+from solera_merge.kernels.spans import WIDTHS, Rows, fill
+from solera_merge.kernels.sparsified import ALL, SIGN, merge_kept
 
-__all__ = ["merge_selected", "squares_of_selected"]
+__all__ = ["merge_selected", "span_of_selected", "squares_of_selected"]
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -92,3 +94,28 @@ def _select(
         words = terms[i].view(np.uint32)
         for j in range(m):
             words[j] &= masks[j]
+
+
+@kernel
+def span_of_selected(
+    rows: Rows,
+    n: int,
+    step: int,
+    start: int,
+    bits: np.uint32,
+    last: int,
+    weight: Float32,
+    out: Bytes,
+    out_code: int,
+    drift: npt.NDArray[np.float64],
+) -> int:
+    """`merge_selected` over a span that begins at element `start`."""
+    bad = 0
+    for at in range(0, n, step):
+        m = min(step, n - at)
+        bad |= fill(rows, at, m)
+        to = out[at * WIDTHS[out_code] :]
+        bad |= merge_selected(rows.raw, rows.codes, m, start + at, bits, last, weight, to, out_code, drift)
+        if bad:
+            break
+    return bad

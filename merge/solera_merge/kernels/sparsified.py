@@ -1,27 +1,26 @@
 """Sparsified task vectors, combined (ties, breadcrumbs, dare), from stored bytes to stored bytes."""
 
-from typing import Final
-
 import numpy as np
 import numpy.typing as npt
 
 from solera_merge.kernels.compiled import kernel
 from solera_merge.kernels.deltas import load_deltas
 from solera_merge.kernels.drift import add_drift
+from solera_merge.kernels.elections import ELECT_NONE, ELECT_UNWEIGHTED, ELECT_WEIGHTED
 from solera_merge.kernels.formats import PIECE, narrow, widen
 from solera_merge.kernels.norms import dot
 from solera_merge.kernels.philox import philox_words
+from solera_merge.kernels.spans import WIDTHS, Rows, fill
 
 __all__ = [
     "ALL",
-    "ELECT_NONE",
-    "ELECT_UNWEIGHTED",
-    "ELECT_WEIGHTED",
     "SIGN",
     "l1_chunks",
     "merge_band",
     "merge_kept",
     "merge_random",
+    "span_of_band",
+    "span_of_random",
 ]
 
 Float32 = npt.NDArray[np.float32]
@@ -33,11 +32,6 @@ Places = npt.NDArray[np.int64]
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 ALL, SIGN = np.uint32(0xFFFFFFFF), np.uint32(0x80000000)
 """Bits that are left of a number: those of what is kept, and those of what is made 0."""
-
-ELECT_NONE: Final = 0
-ELECT_WEIGHTED: Final = 1
-ELECT_UNWEIGHTED: Final = 2
-"""Which sum elects a sign: none, that of the weighted deltas, that of the deltas themselves."""
 
 
 @kernel
@@ -206,8 +200,8 @@ def merge_kept(
 ) -> None:
     """Into `merged`: base + scale * (weighted deltas of the elected sign, or all, summed, perhaps divided by weights).
 
-    As `solera_merge.signs`, operation by operation. `terms` [N, PIECE] is overwritten. `elect` is one of the
-    three above. Where a sign is elected, the divisor is that of the models that agree; else it is `plain_divisor`.
+    As `solera_merge.signs`, operation by operation. `terms` [N, PIECE] is overwritten. `elect` is one of
+    `elections`. Where a sign is elected, the divisor is that of the models that agree; else it is `plain_divisor`.
     """
     models = weight.size
     total = merged
@@ -265,3 +259,99 @@ def _sum(terms: Float32, m: int, total: Float32) -> None:
         term = terms[i]
         for j in range(m):
             total[j] += term[j]
+
+
+@kernel
+def span_of_band(
+    rows: Rows,
+    n: int,
+    step: int,
+    start: int,
+    outer: npt.NDArray[np.uint32],
+    outer_last: npt.NDArray[np.int64],
+    inner: npt.NDArray[np.uint32],
+    inner_last: npt.NDArray[np.int64],
+    factors: Float32,
+    weight: Float32,
+    elect: int,
+    normalize: bool,
+    plain_divisor: np.float32,
+    scale: np.float32,
+    out: Bytes,
+    out_code: int,
+    drift: npt.NDArray[np.float64],
+) -> int:
+    """`merge_band` over a span that begins at element `start`."""
+    bad = 0
+    for at in range(0, n, step):
+        m = min(step, n - at)
+        bad |= fill(rows, at, m)
+        to = out[at * WIDTHS[out_code] :]
+        bad |= merge_band(
+            rows.raw,
+            rows.codes,
+            m,
+            start + at,
+            outer,
+            outer_last,
+            inner,
+            inner_last,
+            factors,
+            weight,
+            elect,
+            normalize,
+            plain_divisor,
+            scale,
+            to,
+            out_code,
+            drift,
+        )
+        if bad:
+            break
+    return bad
+
+
+@kernel
+def span_of_random(
+    rows: Rows,
+    n: int,
+    step: int,
+    start: int,
+    keys: npt.NDArray[np.uint64],
+    limits: npt.NDArray[np.uint64],
+    factors: Float32,
+    weight: Float32,
+    elect: int,
+    normalize: bool,
+    plain_divisor: np.float32,
+    scale: np.float32,
+    out: Bytes,
+    out_code: int,
+    drift: npt.NDArray[np.float64],
+) -> int:
+    """`merge_random` over a span that begins at element `start`."""
+    bad = 0
+    for at in range(0, n, step):
+        m = min(step, n - at)
+        bad |= fill(rows, at, m)
+        to = out[at * WIDTHS[out_code] :]
+        bad |= merge_random(
+            rows.raw,
+            rows.codes,
+            m,
+            start + at,
+            keys,
+            limits,
+            factors,
+            weight,
+            elect,
+            normalize,
+            plain_divisor,
+            scale,
+            to,
+            out_code,
+            drift,
+        )
+        if bad:
+            break
+    return bad
