@@ -17,7 +17,7 @@ from solera_merge.config import MergeConfig, OutputModule
 from solera_merge.problems import Problems
 from solera_merge.vocabulary import conflicting_ids
 
-__all__ = ["Models", "compare", "open_models"]
+__all__ = ["Models", "compare", "family_of", "open_models"]
 
 # Keys that change what a weight means although its shape stays the same: numbers and sizes of heads, activations.
 _STRUCTURAL = re.compile(r".*head.*|d_kv|(.*_)?(act|activation)(_fn|_function)?")
@@ -58,6 +58,7 @@ class Models:
         towers: of every model.
         fills: where a model is no whole model of the owner's kind: the owner's tower that it is, and the same in the
             model itself.
+        inputs: as opened, under their own names and with their own vocabularies.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -65,21 +66,19 @@ class Models:
     owner: int
     towers: tuple[tuple[Tower, ...], ...]
     fills: tuple[tuple[Tower, Tower] | None, ...]
+    inputs: tuple[Checkpoint, ...]
 
     def ref(self, model: int) -> str:
         """How the recipe calls a model."""
         return self.checkpoints[model].ref
 
 
-def open_models(config: MergeConfig, ctx: Context) -> Models:
+def open_models(config: MergeConfig, ctx: Context, problems: Problems) -> Models:
     """Open every model that the recipe names; two references to one directory are one model.
 
-    The weights of models on the hub stay there until `Checkpoint.fetch`.
-
-    Raises:
-        InputError: one line for every model that cannot be opened or is quantised.
+    The weights of models on the hub stay there until `Checkpoint.fetch`. A model that cannot be opened or is quantised
+    is noted as a problem and left out.
     """
-    problems = Problems()
     checkpoints: list[Checkpoint] = []
     index: dict[str, int] = {}
     known: dict[tuple[Path, str | None], int] = {}
@@ -96,30 +95,28 @@ def open_models(config: MergeConfig, ctx: Context) -> Models:
             known[identity] = len(checkpoints)
             checkpoints.append(checkpoint)
         index[ref] = known[identity]
-    problems.raise_any()
-    owner = index[config.base_model] if config.base_model is not None else 0
-    return _named_alike(config, checkpoints, index, owner)
+    return _named_alike(config, checkpoints, index, index.get(config.base_model or "", 0), problems)
 
 
-def compare(models: Models, *, whole: bool, same_tokenizer: bool) -> list[str]:
+def compare(models: Models, *, whole: bool, tokenizers: bool) -> list[str]:
     """Check that the models belong together, as far as configs and tokenizers tell; returns warnings.
 
     Args:
         models: as opened.
         whole: every model is merged over all its layers, so their number must agree.
-        same_tokenizer: the recipe chose a tokenizer, so that any token with another id elsewhere is an error.
+        tokenizers: equal ids must mean equal tokens, because the recipe asks for no tokenizer.
 
     Raises:
         CheckpointError: different architectures, heads, activation, tie flags, layer counts or vocabularies.
     """
     problems, warnings = Problems(), list[str]()
-    first = models.checkpoints[models.owner]
     for other, fills in zip(models.checkpoints, models.fills, strict=True):
+        first = models.checkpoints[models.owner]
         if other is first:
             continue
         a, b = first.config, other.config
         where = f"{_config_file(first)} and {_config_file(other)}"
-        if fills is None and (families := (_family(a), _family(b)))[0] != families[1]:
+        if fills is None and (families := (family_of(a), family_of(b)))[0] != families[1]:
             problems.checkpoint(
                 f"{where}: different architectures: {families[0]} and {families[1]}; only models of one architecture "
                 "can be merged (models of one tower of a larger model with `towers`)"
@@ -148,7 +145,8 @@ def compare(models: Models, *, whole: bool, same_tokenizer: bool) -> list[str]:
                 f"{where}: different numbers of layers: {layers[0]} and {layers[1]}; choose equally many with `slices` "
                 "and `layer_range`"
             )
-        _compare_tokenizers(first, other, problems, warnings, strictly=same_tokenizer)
+        if tokenizers:
+            _compare_tokenizers(first, other, problems, warnings)
     problems.raise_any()
     return warnings
 
@@ -178,18 +176,24 @@ def _compare_level(
             warnings.append(f"{where}: `{of}{key}` is {mine!r} and {theirs!r}; the output gets {mine!r}")
 
 
-def _named_alike(config: MergeConfig, opened: list[Checkpoint], index: dict[str, int], owner: int) -> Models:
+def _named_alike(
+    config: MergeConfig, opened: list[Checkpoint], index: dict[str, int], owner: int, problems: Problems
+) -> Models:
     """The models under the owner's names; those that are but a tower of it, as that tower."""
+    if not opened:
+        return Models((), index, 0, (), (), ())
+    inputs = tuple(opened)
     towers = [towers_of(checkpoint.tensors) for checkpoint in opened]
     first = opened[owner]
     fills: list[tuple[Tower, Tower] | None] = [None] * len(opened)
     for part, ref in _tower_sources(config):
-        tower, i = find_tower(towers[owner], part), index[ref]
-        if tower is None or i == owner or _family(opened[i].config) == _family(first.config):
+        tower, i = find_tower(towers[owner], part), index.get(ref, owner)
+        if tower is None or i == owner or family_of(opened[i].config) == family_of(first.config):
             continue  # unknown towers are refused with the parts
         if (own := counterpart(tower, towers[i])) is None:
             listed = ", ".join(other.name for other in towers[i])
-            raise CheckpointError(f"{opened[i].path}: has no tower that could be {tower.name!r}; it has {listed}")
+            problems.checkpoint(f"{opened[i].path}: has no tower that could be {tower.name!r}; it has {listed}")
+            continue
         fills[i] = (tower, own)
     for i, checkpoint in enumerate(opened):
         if (pair := fills[i]) is not None:
@@ -199,7 +203,7 @@ def _named_alike(config: MergeConfig, opened: list[Checkpoint], index: dict[str,
         elif i != owner:
             opened[i] = align(checkpoint, towers[i], towers[owner])
             towers[i] = towers[i] if opened[i] is checkpoint else towers_of(opened[i].tensors)
-    return Models(tuple(opened), index, owner, tuple(towers), tuple(fills))
+    return Models(tuple(opened), index, owner, tuple(towers), tuple(fills), inputs)
 
 
 def _tower_sources(config: MergeConfig) -> list[tuple[str, str]]:
@@ -237,7 +241,8 @@ def _config_file(checkpoint: Checkpoint) -> Path:
     return checkpoint.path / "config.json"
 
 
-def _family(config: dict[str, Any]) -> str:
+def family_of(config: dict[str, Any]) -> str:
+    """Class and model type, as config.json names them."""
     architectures = config.get("architectures") or [None]
     return f"{architectures[0]} ({config.get('model_type')})"
 
@@ -268,9 +273,7 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, 
     return [(key, x, y) for key, x, y in triples if x is not None and y is not None and x != y]
 
 
-def _compare_tokenizers(
-    first: Checkpoint, other: Checkpoint, problems: Problems, warnings: list[str], *, strictly: bool
-) -> None:
+def _compare_tokenizers(first: Checkpoint, other: Checkpoint, problems: Problems, warnings: list[str]) -> None:
     conflict = conflicting_ids(first, other)
     if conflict is None or not conflict.count:
         return
@@ -278,10 +281,10 @@ def _compare_tokenizers(
         f"{conflict.files[0]} and {conflict.files[1]}: {conflict.count} of {conflict.common} token ids mean different "
         f"tokens (id {conflict.example[0]} is {conflict.example[1]!r} and {conflict.example[2]!r})"
     )
-    if strictly or conflict.count > _OTHER_VOCABULARY * conflict.common:
+    if conflict.count > _OTHER_VOCABULARY * conflict.common:
         problems.checkpoint(
-            f"{line}: embedding rows would be mixed up; merge models with one vocabulary "
-            "(moving embeddings to another vocabulary is not supported yet)"
+            f"{line}: embedding rows would be mixed up; `tokenizer_source: union` (or `base`, or one of the models) "
+            "gives the models one vocabulary"
         )
     else:
         warnings.append(f"{line}; the output gets the tokenizer of the first")

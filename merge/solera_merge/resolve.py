@@ -1,6 +1,6 @@
 """The parameters of every output tensor, after precedence, gradients, filters and defaults."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from solera_core.strict import did_you_mean
@@ -13,7 +13,7 @@ from solera_merge.scope import SHARED_OVER_MODEL
 from solera_merge.settings import evaluate, filters_of
 from solera_merge.targets import Target
 
-__all__ = ["resolve"]
+__all__ = ["check_filters", "resolve"]
 
 
 def resolve(config: MergeConfig, targets: Sequence[Target], models: Models) -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ def resolve(config: MergeConfig, targets: Sequence[Target], models: Models) -> l
             that the method calls impossible, several densities of a model where its scope is the model.
     """
     problems = Problems()
-    _check_filters(config, targets, problems)
+    check_filters(config, {name for target in targets for name in (target.name, *target.inputs)}, problems)
     unset: dict[tuple[str, str, str | None], list[str]] = {}
     resolved: list[dict[str, Any]] = []
     for target in targets:
@@ -73,9 +73,14 @@ def _lookup(parameter: Parameter, levels: Iterable[Mapping[str, Any]], tensor: s
     return parameter.default
 
 
-def _check_filters(config: MergeConfig, targets: Sequence[Target], problems: Problems) -> None:
-    """A filter that is part of no tensor's name is a misspelling: without this it would silently select nothing."""
-    names = {target.name for target in targets} | {name for target in targets for name in target.inputs}
+def check_filters(config: MergeConfig, names: Collection[str], problems: Problems) -> None:
+    """A filter that is part of no tensor's name is a misspelling: without this it would silently select nothing.
+
+    Args:
+        config: the recipe.
+        names: of the tensors; where there are none, nothing is said.
+        problems: where such filters are noted.
+    """
     levels = [config.parameters]
     for part in config.parts.values():
         levels += [part.parameters, *(m.parameters for m in part.models or ())]
@@ -85,7 +90,7 @@ def _check_filters(config: MergeConfig, targets: Sequence[Target], problems: Pro
     for level in levels:
         for parameter, setting in level.items():
             for wanted in filters_of(setting):
-                if not any(wanted in name for name in names):
+                if names and not any(wanted in name for name in names):
                     problems.config(
                         f"parameters.{parameter}: filter {wanted!r} matches no tensor{did_you_mean(wanted, parts)}"
                     )

@@ -72,17 +72,14 @@ class Part:
 Entry: TypeAlias = tuple[str, tuple[int, int] | None, Mapping[str, Any]]  # reference, layer range, parameters
 
 
-def parts_of(config: MergeConfig, models: Models) -> list[Part]:
+def parts_of(config: MergeConfig, models: Models, problems: Problems) -> list[Part]:
     """The parts of the output with their runs, the base added as a source where the method needs it.
 
     What `towers:` does not name is copied from the owner, as parts of its own.
 
-    Raises:
-        ConfigError: one line for every module that is unknown, named twice or left out, and every run with a wrong
-            number of models, the same model twice, no base where one is needed, parameters on the base, unequal or
-            impossible layer ranges.
+    Problems are noted: modules that are unknown, named twice or left out; runs with a wrong number of models, the same
+    model twice, no base where one is needed, parameters on the base, unequal or impossible layer ranges.
     """
-    problems = Problems()
     parts: list[Part] = []
     taken: dict[str, str] = {}
     towers = models.towers[models.owner]
@@ -104,12 +101,11 @@ def parts_of(config: MergeConfig, models: Models) -> list[Part]:
         runs = _runs(where, wanted, tower, config, models, problems)
         parts.append(Part(tower, wanted.models is not None, tuple(runs)))
     left = [] if config.parts.keys() == {None} else [tower for tower in towers if tower.name not in taken]
-    if left and config.modules is not None:
+    if left and config.modules is not None and len(taken) == len(config.parts):
         problems.config(
             f"modules: {some([tower.name for tower in left], len(left))} of {models.ref(models.owner)!r} would be left "
             "out; name every module, or use `towers`, which copies the others from base_model"
         )
-    problems.raise_any()
     copy = Run((Source(models.owner, 0, {}, ""),), None, 0, METHODS["passthrough"], ({"scale": 1.0},))
     return [*parts, *(Part(tower, True, (copy,)) for tower in left)]
 
