@@ -5,6 +5,7 @@ orientation (GPT-2 stores them transposed), embeddings, experts fused into one t
 modules saved in full, and DoRA. What cannot be laid over the model is refused by name.
 """
 
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,7 +71,7 @@ class LowRank:
     @property
     def size(self) -> int:
         """Elements of the update."""
-        return len(self.left) * self.right[0].size
+        return math.prod((len(self.left), self.right.shape[1]))
 
     def delta(self, start: int, stop: int) -> Float32:
         """Elements [start, stop) of the update, flat, in C order.

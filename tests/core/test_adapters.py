@@ -371,7 +371,7 @@ def test_tied_embeddings_are_changed_together_or_not_at_all(base: Path, tmp_path
 
 
 def test_a_tied_embedding_with_lora(make_model: Callable[..., Path], tmp_path: Path, ctx: Context) -> None:
-    """peft trains and loads this right, but its merge_and_unload adds the update twice: we compare with what it runs."""
+    """peft trains and loads this right, but its merge_and_unload adds the update twice."""
     from peft import PeftModel
 
     tied = make_model(tmp_path / "tied", tie_word_embeddings=True)
