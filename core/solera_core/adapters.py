@@ -9,20 +9,25 @@ import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from solera_core.architecture import is_embedding, is_head
+from solera_core.architecture import is_embedding, is_head, text_config
+from solera_core.checkpoint import Checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError
 from solera_core.headers import TensorInfo
+from solera_core.hub import is_hub_id
 from solera_core.lora import CONFIG_FILE, LoraModule, StoredAdapter, open_stored
+from solera_core.sidecars import find_sidecars, tokenizer_files
+from solera_core.views import Derived, view
 
-__all__ = ["Adapter", "Added", "LowRank", "Rescale", "Stacked", "Update", "open_adapter", "stored_name"]
+__all__ = ["Adapter", "Added", "LowRank", "Rescale", "Stacked", "Update", "lay_over", "open_adapter", "stored_name"]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -169,6 +174,7 @@ class Adapter:
         digest: of its settings and tensors.
         directory: where it is.
         base_model: the model that it says it was trained on.
+        vocabulary: rows of the embedding and head that it holds, where these are not the model's.
     """
 
     ref: str
@@ -178,6 +184,7 @@ class Adapter:
     digest: str
     directory: Path
     base_model: str | None
+    vocabulary: int | None
     _stored: StoredAdapter
     _factors: dict[str, Float32] = field(default_factory=dict[str, Float32], compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, compare=False)
@@ -211,6 +218,48 @@ class Adapter:
         return values
 
 
+def lay_over(model: Checkpoint, adapter_ref: str, ctx: Context, *, ref: str) -> Checkpoint:
+    """A model with a peft LoRA adapter laid over it, called `ref`.
+
+    An adapter that holds embedding and head with more (or fewer) rows brings its vocabulary: the config's vocab_size
+    follows, and its own tokenizer is used where it has one. That it says it was made for another model is only a note.
+
+    Raises:
+        CheckpointError: as `open_adapter`.
+    """
+    adapter = open_adapter(adapter_ref, model.tensors, ctx)
+    trained_on = (adapter.base_model or "").partition("@")[0]
+    laid_over = model.ref.partition("@")[0]
+    if is_hub_id(trained_on) and is_hub_id(laid_over) and trained_on != laid_over:
+        ctx.progress.note(f"{adapter_ref}: says it was trained on {trained_on}; here it is laid over {laid_over}")
+
+    def seen(name: str, info: TensorInfo) -> str | Derived:
+        if name not in adapter.names:
+            return name
+        if adapter.vocabulary is not None and name in adapter.replaced:
+            info = replace(info, shape=adapter.replaced[name].shape)
+        return Derived(info, partial(adapter.apply, info, base=partial(model.read_flat, name)))
+
+    tokenizer = find_sidecars(adapter.directory) if adapter.vocabulary is not None else []
+    return view(
+        model,
+        {name: seen(name, info) for name, info in model.tensors.items()},
+        what={"adapter": adapter.digest},
+        ref=ref,
+        config=None if adapter.vocabulary is None else _with_vocabulary(model.config, adapter.vocabulary),
+        sidecars=tokenizer if tokenizer_files(file.name for file in tokenizer) else None,
+        directories=(adapter.directory,),
+    )
+
+
+def _with_vocabulary(config: dict[str, Any], rows: int) -> dict[str, Any]:
+    inner = text_config(config)
+    for level in (config, inner):
+        if "vocab_size" in level or level is inner:
+            level["vocab_size"] = rows  # type: ignore[index]
+    return config
+
+
 def open_adapter(ref: str, tensors: Mapping[str, TensorInfo], ctx: Context) -> Adapter:
     """Open a peft LoRA adapter for a model with these `tensors`.
 
@@ -221,6 +270,7 @@ def open_adapter(ref: str, tensors: Mapping[str, TensorInfo], ctx: Context) -> A
     stored = open_stored(ref, ctx)
     fit = _Fit(stored, tensors)
     replaced = fit.replaced()
+    vocabulary = fit.vocabulary(replaced)
     updates: dict[str, Update] = {}
     rescaled: dict[str, Rescale] = {}
     for module in stored.modules:
@@ -231,7 +281,9 @@ def open_adapter(ref: str, tensors: Mapping[str, TensorInfo], ctx: Context) -> A
             if rescale is not None:
                 rescaled[target] = rescale
     fit.check_ties(frozenset(updates) | frozenset(replaced))
-    return Adapter(ref, updates, replaced, rescaled, stored.digest(), stored.directory, stored.base_model, stored)
+    return Adapter(
+        ref, updates, replaced, rescaled, stored.digest(), stored.directory, stored.base_model, vocabulary, stored
+    )
 
 
 def stored_name(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
@@ -277,18 +329,31 @@ class _Fit:
                 continue  # the model ties its embeddings, and so does the adapter
             target = target if target is not None else self._target(info, name)
             shape = self._tensors[target].shape
-            if info.shape != shape:
-                way_out = (
-                    "was the vocabulary enlarged in training? Then save the base with resized embeddings first"
-                    if info.shape[1:] == shape[1:]
-                    else "is the adapter for another model?"
-                )
+            rows = is_embedding(target) or is_head(target)  # see `vocabulary`
+            if info.shape != shape and not (rows and info.shape[1:] == shape[1:]):
                 raise CheckpointError(
                     f"{info.file}: tensor {info.name!r} {info.shape} replaces {target!r} {shape} of the model: the "
-                    f"shapes differ ({way_out}){self._origin()}"
+                    f"shapes differ; is the adapter for another model?{self._origin()}"
                 )
             found[target] = info
         return found
+
+    def vocabulary(self, replaced: Mapping[str, TensorInfo]) -> int | None:
+        """Rows of embedding and head, where the adapter holds both of them with others than the model's."""
+        tables = {n: i.shape[0] for n, i in self._tensors.items() if is_embedding(n) or is_head(n)}
+        after = {name: replaced[name].shape[0] if name in replaced else rows for name, rows in tables.items()}
+        changed = [name for name in tables if after[name] != tables[name]]
+        if not changed:
+            return None
+        if len(set(after.values())) > 1 or any(f"{m.name}.weight" in tables for m in self._stored.modules):
+            info = replaced[changed[0]]
+            others = ", ".join(f"{name!r} {after[name]}" for name in tables if name != changed[0])
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name!r} {info.shape} replaces {changed[0]!r} "
+                f"{self._tensors[changed[0]].shape} of the model: the vocabulary was resized in training, which needs "
+                f"the embedding and the head, whole and with equal rows; the others will have: {others}"
+            )
+        return after[changed[0]]
 
     def updates(self, module: LoraModule) -> Iterator[tuple[str, Update, Rescale | None]]:
         """(tensor, what is added, what rescales it) of one module."""

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from solera_core.adapters import Adapter, open_adapter
 from solera_core.architecture import is_embedding, is_head, ties_with_a_stored_head
 from solera_core.context import Context
 from solera_core.digest import checkpoint_digest, json_digest, tensor_digest
@@ -65,7 +64,6 @@ class Checkpoint:
         tensors: Mapping[str, TensorInfo],
         source: Source,
         sidecars: list[Path],
-        adapters: tuple[Adapter, ...] = (),
     ) -> None:
         self.ref = ref
         self.path = path
@@ -74,7 +72,6 @@ class Checkpoint:
         self.sidecars = sidecars
         self._config = dict(config)
         self._source = source
-        self._adapters = adapters
         self._digest: str | None = None
         self._digest_lock = threading.Lock()
 
@@ -85,8 +82,8 @@ class Checkpoint:
 
     @property
     def directories(self) -> tuple[Path, ...]:
-        """All that it is read from: the model's directory, then those of its adapters."""
-        return (self.path, *(adapter.directory for adapter in self._adapters))
+        """All that it is read from: the model's directory, then those of what is laid over it."""
+        return (self.path,)
 
     @property
     def missing_bytes(self) -> int:
@@ -110,7 +107,7 @@ class Checkpoint:
         return f"Checkpoint({self.ref!r}, {len(self.tensors)} tensors)"
 
     def read_flat(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.float32]:
-        """Elements [start, stop) of a tensor in C order as float32, 1-D, a new array; adapters are added in.
+        """Elements [start, stop) of a tensor in C order as float32, 1-D, a new array.
 
         Raises:
             CheckpointError: no such tensor, or its dtype is none of F32, F16, BF16, F64.
@@ -121,54 +118,48 @@ class Checkpoint:
                 f"{self.ref}: tensor {name!r} is stored as {info.dtype}, which cannot be computed with "
                 f"(only {', '.join(FLOATS)}); dequantise the model first"
             )
-        return self._values(len(self._adapters), info, start, stop)
+        return to_float32(self._source.read_raw(info, start, stop), info.dtype)
 
     def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
         """The stored bytes of elements [start, stop), 1-D, a new array.
 
         Raises:
-            CheckpointError: no such tensor, or an adapter changes it, so that no stored bytes are its value.
+            CheckpointError: no such tensor, or it is derived, so that no stored bytes are its value.
         """
         info, stop = self._range(name, start, stop)
-        if self.is_overlaid(name):
-            raise CheckpointError(f"{self.ref}: tensor {name!r} is changed by the adapter; its bytes are not stored")
         return self._source.read_raw(info, start, stop)
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """A whole tensor as float32, shaped."""
         return self.read_flat(name).reshape(self.tensors[name].shape)
 
-    def is_overlaid(self, name: str) -> bool:
-        """Whether an adapter changes this tensor (then `read_raw` is refused)."""
-        return any(name in adapter.names for adapter in self._adapters)
+    def is_derived(self, name: str) -> bool:
+        """Whether the value is computed when it is read (then `read_raw` is refused); see `solera_core.views`."""
+        del name
+        return False
 
     def is_plain(self, name: str, dtypes: Collection[str]) -> bool:
         """Whether a tensor's value is just the bytes in its file, in one of `dtypes`; `reader` gives that file."""
-        plain = isinstance(self._source, SafetensorsSource) and not self.is_overlaid(name)
-        return plain and self.tensors[name].dtype in dtypes
+        return isinstance(self._source, SafetensorsSource) and self.tensors[name].dtype in dtypes
 
     def reader(self, name: str) -> RangeReader | None:
         """The file of a tensor, open for many reads at the offsets of `tensors[name]`.
 
-        None where no file holds its plain value: it is pickled, or an adapter changes it.
+        None where no file holds its plain value: it is pickled, or derived.
         """
-        if self.is_overlaid(name) or not isinstance(self._source, SafetensorsSource):
-            return None
-        return self._source.reader(self.tensors[name])
+        return self._source.reader(self.tensors[name]) if isinstance(self._source, SafetensorsSource) else None
 
     def digest(self) -> str:
-        """`blake3:...` over config and every tensor, whatever the shards; and over the adapters.
+        """`blake3:...` over config and every tensor, whatever the shards.
 
         Taken from solera.json where that is there, about exactly this config and these headers, and no weight file is
         newer (never for a download); else every byte is read, once.
         """
         with self._digest_lock:
             if self._digest is None:
-                base = _recorded_digest(self) or checkpoint_digest(
+                self._digest = _recorded_digest(self) or checkpoint_digest(
                     self._config, self.tensors.values(), self.tensor_digests()
                 )
-                adapters = [adapter.digest for adapter in self._adapters]
-                self._digest = json_digest({"base": base, "adapters": adapters}) if adapters else base
             return self._digest
 
     def identity(self) -> str:
@@ -187,7 +178,6 @@ class Checkpoint:
             "config": self._config,
             "headers": headers,
             "files": [_file_identity(file) for file in files],
-            "adapters": [adapter.digest for adapter in self._adapters],
         }
         return json_digest(content).replace("blake3:", "sampled:")
 
@@ -195,7 +185,7 @@ class Checkpoint:
         """A digest of the files' sizes, times and places: whether this is still the very same input."""
         files = sorted({info.file for info in self.tensors.values()})
         stamps = [[str(file), *astuple(stamp(file))] for file in files]
-        return json_digest({"files": stamps, "config": self._config, "adapters": [a.digest for a in self._adapters]})
+        return json_digest({"files": stamps, "config": self._config})
 
     def require_unchanged(self) -> None:
         """Raise CheckpointError when a weight file is no longer the one that was opened.
@@ -206,7 +196,7 @@ class Checkpoint:
             self._source.require_unchanged()
 
     def tensor_digests(self) -> dict[str, str]:
-        """`blake3:<hex>` of the stored bytes of each tensor, read anew (of the base model, under an adapter)."""
+        """`blake3:<hex>` of the stored bytes of each tensor, read anew (of a view: those of the model it shows)."""
         return {
             info.name: tensor_digest(info.size, partial(self._source.read_raw, info)) for info in self.tensors.values()
         }
@@ -219,15 +209,6 @@ class Checkpoint:
         if not 0 <= start <= stop <= info.size:
             raise ValueError(f"tensor {name}: range [{start}, {stop}) of {info.size} elements")
         return info, stop
-
-    def _values(self, depth: int, info: TensorInfo, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """The values under the first `depth` adapters."""
-        while depth:
-            depth -= 1
-            adapter = self._adapters[depth]
-            if info.name in adapter.names:
-                return adapter.apply(info, start, stop, partial(self._values, depth, info))
-        return to_float32(self._source.read_raw(info, start, stop), info.dtype)
 
 
 def open_checkpoint(ref: str | Path, ctx: Context, *, weights: When = "now") -> Checkpoint:
@@ -252,18 +233,9 @@ def open_checkpoint(ref: str | Path, ctx: Context, *, weights: When = "now") -> 
 
 def _open(ref: str | Path, ctx: Context, weights: When) -> Checkpoint:
     if (parts := split_adapter(ref, ctx)) is not None:
-        base = open_checkpoint(parts[0], ctx, weights=weights)
-        adapter = open_adapter(parts[1], base.tensors, ctx)
-        return Checkpoint(
-            ref=str(ref),
-            path=base.path,
-            revision=base.revision,
-            config=base._config,
-            tensors=base.tensors,
-            source=base._source,
-            sidecars=base.sidecars,
-            adapters=(*base._adapters, adapter),
-        )
+        from solera_core.adapters import lay_over
+
+        return lay_over(open_checkpoint(parts[0], ctx, weights=weights), parts[1], ctx, ref=str(ref))
     located = resolve(ref, ctx, weights=weights)
     config = read_config(located.path, trust_remote_code=ctx.trust_remote_code)
     if (listing := located.listing) is None:

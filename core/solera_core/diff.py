@@ -45,7 +45,7 @@ def _row(a: Checkpoint, b: Checkpoint, left: TensorInfo, right: TensorInfo | Non
         return _blank(left, f"shape {list(left.shape)} and {list(right.shape)}")
     note = "" if left.dtype == right.dtype else f"dtype {left.dtype} and {right.dtype}"
     row = _blank(left, note)
-    raw = left.dtype == right.dtype and not a.is_overlaid(left.name) and not b.is_overlaid(left.name)
+    raw = left.dtype == right.dtype and not a.is_derived(left.name) and not b.is_derived(left.name)
     if left.dtype not in FLOATS or right.dtype not in FLOATS:
         if raw:
             row["identical"] = all(

@@ -39,7 +39,7 @@ def write_folded(
             info = checkpoint.tensors[old]
             for at in range(0, info.size, _BLOCK):
                 stop = min(at + _BLOCK, info.size)
-                if checkpoint.is_overlaid(old) and info.dtype in FLOATS:
+                if checkpoint.is_derived(old) and info.dtype in FLOATS:
                     writer.write_flat(new, at, checkpoint.read_flat(old, at, stop))
                 else:
                     writer.write_raw(new, at, checkpoint.read_raw(old, at, stop))

@@ -363,7 +363,7 @@ class _Training:
         Written where weights are pickled, adapters are laid over them, or a redundant tied head is stored.
         """
         weights = find_weights(checkpoint.path, allow_pickle=self.ctx.allow_pickle)
-        plain = not weights.pickled and not any(checkpoint.is_overlaid(n) for n in checkpoint.tensors)
+        plain = not weights.pickled and not any(checkpoint.is_derived(n) for n in checkpoint.tensors)
         if plain and read_headers(weights).keys() == checkpoint.tensors.keys():
             return checkpoint.path
         from solera_distill.student import write_layers

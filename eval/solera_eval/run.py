@@ -177,7 +177,7 @@ def _loadable(model: Checkpoint, staging: Path) -> Iterator[Path]:
 
 
 def _is_adapted(model: Checkpoint) -> bool:
-    return any(model.is_overlaid(name) for name in model.tensors)
+    return any(model.is_derived(name) for name in model.tensors)
 
 
 # one model -----------------------------------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def _refuse_random(tensors: Sequence[TensorPlan], problems: Problems) -> None:
 
 def _refuse_overlaid(tensors: Sequence[TensorPlan], models: Models, problems: Problems) -> None:
     used = dict.fromkeys(source for tensor in tensors for source in tensor.sources)
-    overlaid = dict.fromkeys(s.model for s in used if models.checkpoints[s.model].is_overlaid(s.name))
+    overlaid = dict.fromkeys(s.model for s in used if models.checkpoints[s.model].is_derived(s.name))
     for model in overlaid:
         problems.checkpoint(
             f"{models.ref(model)}: mergekit has peft merge an adapter and merges what peft wrote, which compat does "

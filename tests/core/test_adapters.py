@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from solera_core.adapters import LowRank
-from solera_core.checkpoint import locate, open_checkpoint
+from solera_core.adapters import LowRank, lay_over
+from solera_core.checkpoint import Checkpoint, locate, open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError
+from solera_core.progress import Silent
+from solera_core.views import view
 
 MakeAdapter = Callable[..., Path]
 
@@ -202,8 +204,8 @@ def test_memory_is_that_of_a_few_rows() -> None:
 def test_bytes_of_a_changed_tensor_are_refused(base: Path, plain: Path, ctx: Context) -> None:
     checkpoint = open_checkpoint(f"{base}+{plain}", ctx)
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert checkpoint.is_overlaid(name)
-    with pytest.raises(CheckpointError, match=f"'{name}' is changed by the adapter"):
+    assert checkpoint.is_derived(name)
+    with pytest.raises(CheckpointError, match=f"'{name}' is computed"):
         checkpoint.read_raw(name)
     assert checkpoint.read_raw("model.norm.weight").size == 128
     with pytest.raises(CheckpointError, match="a model with an adapter cannot be loaded here"):
@@ -296,7 +298,7 @@ TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     ),
     "larger vocabulary": (
         lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(310, 32)}),
-        r"\(310, 32\) replaces 'lm_head.weight' \(304, 32\) of the model: the shapes differ",
+        r"\(310, 32\) replaces 'lm_head.weight' \(304, 32\) .*: 'model.embed_tokens.weight' 304",
     ),
     "nothing": (lambda t: t.clear(), "holds no LoRA tensors"),
 }
@@ -330,7 +332,7 @@ def test_plus_signs_in_paths(base: Path, plain: Path, tmp_path: Path, ctx: Conte
     shutil.copytree(base, tmp_path / "my+model")
     shutil.copytree(plain, tmp_path / "my+adapter")
     model = open_checkpoint("my+model", ctx)
-    assert not any(model.is_overlaid(n) for n in model.tensors)
+    assert not any(model.is_derived(n) for n in model.tensors)
     expected = open_checkpoint(f"{base}+{plain}", ctx).digest()
     assert open_checkpoint("my+model+my+adapter", ctx).digest() == expected
     staged = Context(base_dir=tmp_path, models={"first": base, "second": plain})
@@ -402,6 +404,41 @@ def test_a_base_stored_in_another_layout(base: Path, plain: Path, tmp_path: Path
         ours = open_checkpoint(f"{other}+{adapter}", ctx)
         for name in expected.tensors:
             assert np.array_equal(ours.read(name.replace("model.", prefix, 1)), expected.read(name))
+
+
+def test_an_enlarged_vocabulary(base: Path, tokenizer_dir: Path, tmp_path: Path, ctx: Context) -> None:
+    larger = Path(shutil.copytree(base, tmp_path / "larger"))
+    resized = _loaded(base)
+    resized.resize_token_embeddings(310)
+    resized.save_pretrained(larger)
+    adapter = _make_adapter(larger, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
+    shutil.copytree(tokenizer_dir, adapter, dirs_exist_ok=True)
+    ours = open_checkpoint(f"{base}+{adapter}", ctx)
+    assert ours.config["vocab_size"] == 310
+    assert {file.parent for file in ours.sidecars} == {adapter}
+    theirs = _peft_merged(larger, adapter)
+    for name, tensor in theirs.items():
+        assert ours.tensors[name].shape == tensor.shape
+        np.testing.assert_allclose(ours.read(name), tensor.numpy(), rtol=0, atol=2e-6, err_msg=name)
+
+
+def test_an_adapter_of_another_hub_model_is_noted(base: Path, adapter: Path, ctx: Context) -> None:
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "org/another"}))
+    lay_over(rename(open_checkpoint(base, ctx), "org/base"), str(adapter), Context(progress=Notes()), ref="both")
+    assert notes == [f"{adapter}: says it was trained on org/another; here it is laid over org/base"]
+    lay_over(rename(open_checkpoint(base, ctx), "org/another@v1"), str(adapter), Context(progress=Notes()), ref="both")
+    assert len(notes) == 1
+
+
+def rename(model: Checkpoint, ref: str) -> Checkpoint:
+    return view(model, {name: name for name in model.tensors}, what={}, ref=ref)
 
 
 def test_dora_gives_the_same_bits_for_any_range(base: Path, tmp_path: Path, ctx: Context) -> None:

@@ -102,7 +102,7 @@ def needs_trunk_copy(inputs: Inputs) -> bool:
     checkpoint = inputs.trunk.checkpoint
     return (
         inputs.width != inputs.trunk.width
-        or any(checkpoint.is_overlaid(name) for name in checkpoint.tensors)
+        or any(checkpoint.is_derived(name) for name in checkpoint.tensors)
         or any(info.file.suffix != ".safetensors" for info in checkpoint.tensors.values())
     )
 

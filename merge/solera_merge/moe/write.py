@@ -247,7 +247,7 @@ def _copy(writer: CheckpointWriter, copy: _Copy) -> int:
         writer.write_flat(spec.name, 0, copy.values.reshape(-1))
         return spec.nbytes
     info = copy.checkpoint.tensors[copy.source]
-    raw = info.dtype == spec.dtype and not copy.checkpoint.is_overlaid(copy.source)
+    raw = info.dtype == spec.dtype and not copy.checkpoint.is_derived(copy.source)
     read: Callable[[str, int, int], np.ndarray[Any, Any]] = (
         copy.checkpoint.read_raw if raw else copy.checkpoint.read_flat
     )
