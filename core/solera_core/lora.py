@@ -28,7 +28,16 @@ from solera_core.hub import resolve
 from solera_core.shards import Weights
 from solera_core.sources import Source, open_source
 
-__all__ = ["CONFIG_FILE", "PREFIX", "WEIGHTS_FILE", "LoraModule", "StoredAdapter", "is_adapter", "open_stored"]
+__all__ = [
+    "CONFIG_FILE",
+    "PREFIX",
+    "WEIGHTS_FILE",
+    "LoraModule",
+    "StoredAdapter",
+    "is_adapter",
+    "open_stored",
+    "read_settings",
+]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -177,7 +186,7 @@ def open_stored(ref: str, ctx: Context) -> StoredAdapter:
     """
     located = resolve(ref, ctx)
     directory = located.path
-    settings = _settings(directory)
+    settings = read_settings(directory)
     source = open_source(_weights(directory, allow_pickle=ctx.allow_pickle))
     found: dict[tuple[str, int], dict[str, TensorInfo]] = {}
     full: dict[str, TensorInfo] = {}
@@ -244,7 +253,12 @@ def _module(
     return LoraModule(name, depth, a, b, embedding, magnitude, bias)
 
 
-def _settings(directory: Path) -> dict[str, Any]:
+def read_settings(directory: Path) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Raises:
+        CheckpointError: it is missing or damaged, is no LoRA's, or says something that is not supported (named).
+    """
     file = directory / CONFIG_FILE
     if not file.exists():
         raise CheckpointError(f"{directory}: not a peft adapter: it has no {CONFIG_FILE}")
