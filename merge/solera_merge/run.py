@@ -11,6 +11,7 @@ from solera_core.plan import Plan
 from solera_core.reload_check import ReloadCheck
 from solera_core.staging import check_apart, check_target, require_disk, staged
 from solera_core.writer import CheckpointWriter
+from solera_merge.adapters.merge import merge_adapters, plan_merge_adapters
 from solera_merge.compat import mergekit_versions
 from solera_merge.config import MergeConfig
 from solera_merge.drift import drift_report
@@ -46,6 +47,8 @@ def plan_merge(config: MergeConfig, ctx: Context) -> Plan:
     Raises:
         InputError: everything that is wrong with the recipe and the models as far as headers tell, one line each.
     """
+    if config.adapter is not None:
+        return plan_merge_adapters(config, ctx)
     plan, models = make_plan(config, ctx)
     return describe(plan, config, models, ctx)
 
@@ -64,6 +67,8 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
         VerificationError: what was written cannot be loaded as it should be (a bug, or a model that its own config
             does not describe).
     """
+    if config.adapter is not None:
+        return merge_adapters(config, out, ctx)
     check_target(out, overwrite=ctx.overwrite)
     plan, models = make_plan(config, ctx)
     check_apart(out, [directory for checkpoint in models.checkpoints for directory in checkpoint.directories])

@@ -110,7 +110,7 @@ def test_the_reported_error_is_the_error(measure: dict[str, Any], siblings: dict
 
 def test_what_is_left_out_is_said(siblings: dict[str, Path], tmp_path: Path) -> None:
     base, tuned = siblings["base"], siblings["a"]
-    settings = {"exclude": "mlp", "embeddings": "skip", "modules_to_save": "none"}
+    settings: dict[str, Any] = {"exclude": "mlp", "embeddings": "skip", "modules_to_save": "none"}
     found = _extract(base, tuned, tmp_path / "adapter", rank=32, **settings)
     left_out = {row["tensor"]: row["why"] for row in found.rows if row["captured"] == "left out"}
     assert left_out["model.layers.0.mlp.up_proj.weight"] == "excluded"

@@ -179,7 +179,7 @@ def residual(matrix: Float32, factors: Factors) -> float:
     """The squared Frobenius norm of matrix - left @ right, accumulated in float64."""
     step = max(_BLOCK // max(matrix.shape[1], 1), 1)
     return math.fsum(
-        _square(np.subtract(matrix[row : row + step], factors.left[row : row + step] @ factors.right))
+        _square(matrix[row : row + step] - factors.left[row : row + step] @ factors.right)
         for row in range(0, matrix.shape[0], step)
     )
 
