@@ -5,6 +5,7 @@ orientation (GPT-2 stores them transposed), embeddings, experts fused into one t
 modules saved in full, and DoRA. What cannot be laid over the model is refused by name.
 """
 
+import itertools
 import math
 import re
 import threading
@@ -27,19 +28,25 @@ from solera_core.lora import CONFIG_FILE, LoraModule, StoredAdapter, open_stored
 from solera_core.sidecars import find_sidecars, tokenizer_files
 from solera_core.views import Derived, view
 
-__all__ = ["Adapter", "Added", "LowRank", "Rescale", "Stacked", "Update", "lay_over", "open_adapter", "stored_name"]
+__all__ = [
+    "Adapter",
+    "Added",
+    "LowRank",
+    "Rescale",
+    "Stacked",
+    "Update",
+    "lay_over",
+    "open_adapter",
+    "stored_experts",
+    "stored_name",
+]
 
 Float32 = npt.NDArray[np.float32]
 
 _BLOCK: Final = 1 << 15  # elements of the product worked on at a time: 128 KB of float32, which stays in cache
 _NORM_BLOCK: Final = 1 << 20  # elements a step of the pass that finds DoRA's norms
-_EXPERT_HALVES: Final = {"gate_proj": ("gate_up_proj", 0), "w1": ("gate_up_proj", 0)} | {
-    "up_proj": ("gate_up_proj", 1),
-    "w3": ("gate_up_proj", 1),
-    "down_proj": ("down_proj", None),
-    "w2": ("down_proj", None),
-}
-"""How experts that are stored one by one are called, and which part of which fused parameter each is in memory."""
+_EXPERTS: Final = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+"""What fused parameters of experts are made of, where these are stored one by one; in the order of their rows."""
 
 _LAYOUTS: Final = (  # how transformers calls a module, and how the same one may be called on disk
     (r"^model\.language_model\.", "language_model.model."),
@@ -298,6 +305,26 @@ def stored_name(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def stored_experts(name: str, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """The stored tensors of fused experts that transformers calls `name` in memory: one, or all of every expert.
+
+    Expert by expert, of each the parts in the order in which they are fused; empty where there are none.
+    """
+    if (fused := stored_name(name, tensors)) is not None:
+        return (fused,)
+    prefix, _, wanted = name.rpartition(".")
+    found: list[str] = []
+    for expert in itertools.count():
+        for leaves in _EXPERTS.get(wanted, ()):
+            names = [stored_name(f"{prefix}.{expert}.{leaf}.weight", tensors) for leaf in leaves]
+            if None not in names:
+                found += [name for name in names if name is not None]
+                break
+        else:
+            return tuple(found)
+    raise AssertionError("unreachable")
+
+
 def _other_layouts(name: str) -> Iterator[str]:
     for pattern, replacement in _LAYOUTS:
         other = re.sub(pattern, replacement, name, count=1)
@@ -365,7 +392,7 @@ class _Fit:
                 yield from ((target, update, None) for target, update in self._experts(module))
                 return
             weight = self._target(module.a, f"{module.name}.weight")
-        scaling = self._scaling(module.name, module.a.shape[0])
+        scaling = self._scaling(self._place(module), module.a.shape[0])
         left, right = self._stored.matrix(module.b), self._stored.matrix(module.a)
         axis: Literal["rows", "columns"] = "rows"
         if module.embedding or self._is_transposed(weight):
@@ -436,6 +463,15 @@ class _Fit:
             )
         return target
 
+    def _is_targeted(self, parameter: str) -> bool:
+        """Whether the settings name this parameter, by itself."""
+        targets: Sequence[str] = self._stored.settings.get("target_parameters") or ()
+        return any(parameter == target or parameter.endswith(f".{target}") for target in targets)
+
+    def _place(self, module: LoraModule) -> str:
+        """What peft matches patterns against: the module, or its weight where that is what is targeted."""
+        return weight if self._is_targeted(weight := f"{module.name}.weight") else module.name
+
     def _scaling(self, place: str, found: int) -> float:
         rank = self._stored.rank(place)
         if rank != found:
@@ -476,12 +512,8 @@ class _Fit:
         wide, high = module.a.shape[1], module.b.shape[0]
         fits: list[list[tuple[str, Update]]] = []
         for name in ("gate_up_proj", "down_proj"):
-            targeted = any(
-                f"{module.name}.{name}".endswith(f".{target}") or target == name
-                for target in self._stored.settings["target_parameters"]
-            )
             place = f"{module.name}.{name}"
-            if targeted and (found := self._expert_layout(place, wide, high)) is not None:
+            if self._is_targeted(place) and (found := self._expert_layout(place, wide, high)) is not None:
                 experts, layout = found
                 fits.append(list(self._expert_updates(module, place, experts, layout)))
         if len(fits) != 1:
@@ -500,20 +532,15 @@ class _Fit:
             if shape[1:] == (high, wide) and not (shape[1:] == (wide, high) and self._in_first(fused)):
                 return shape[0], [_Part(fused, None, 0, high, transposed=False)]
             return (shape[0], [_Part(fused, None, 0, high, transposed=True)]) if shape[1:] == (wide, high) else None
-        prefix, _, wanted = place.rpartition(".")
-        parts: list[_Part] = []
-        for leaf, (name, half) in _EXPERT_HALVES.items():
-            if name != wanted:
-                continue
-            expert = 0
-            while (target := stored_name(f"{prefix}.{expert}.{leaf}.weight", self._tensors)) is not None:
-                rows = high if half is None else high // 2
-                if self._tensors[target].shape != (rows, wide):
-                    return None
-                parts.append(_Part(target, expert, (half or 0) * rows, rows, transposed=False))
-                expert += 1
-        experts = 1 + max((part.expert for part in parts if part.expert is not None), default=-1)
-        return (experts, parts) if experts else None
+        stored = stored_experts(place, self._tensors)
+        halves = 2 if place.endswith("gate_up_proj") else 1
+        experts, rest = divmod(len(stored), halves)
+        rows = high // halves
+        if not experts or rest or any(self._tensors[name].shape != (rows, wide) for name in stored):
+            return None
+        return experts, [
+            _Part(name, i // halves, i % halves * rows, rows, transposed=False) for i, name in enumerate(stored)
+        ]
 
     def _in_first(self, fused: str) -> bool:
         """Whether fused experts are stored [experts, in, out], told by the two parameters together."""

@@ -52,6 +52,7 @@ def _in_peft(base: Path, adapter: Path) -> Any:
     with warnings.catch_warnings():
         # A missing or unexpected key is a warning too, and an error here.
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="The following .*_pattern keys")  # it looks at modules only
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # GPT-2 has both kinds of modules
         loaded: Any = PeftModel.from_pretrained(auto.from_pretrained(base), str(adapter))
         return loaded
@@ -61,13 +62,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "tie_word_embeddings": False},
+    "mixtral": {"num_local_experts": 3},
+    "qwen2_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    | {"shared_expert_intermediate_size": 40},
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 3, "intermediate_size": 32, "max_position_embeddings": 131072},
     "gemma2": {"head_dim": 8, "tie_word_embeddings": True},
 }
 
 
 @pytest.mark.parametrize(
     ("family", "embeddings"),
-    [("llama", "save"), ("qwen2", "lora"), ("gpt2", "lora"), ("gemma2", "save"), ("gemma2", "lora")],
+    [
+        ("llama", "save"),
+        ("qwen2", "lora"),
+        ("gpt2", "lora"),
+        ("gemma2", "save"),
+        ("gemma2", "lora"),
+        ("mixtral", "save"),
+        ("qwen2_moe", "save"),
+    ],
 )
 def test_full_rank_is_the_fine_tune(family: str, embeddings: str, make_model: MakeModel, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
@@ -84,6 +97,22 @@ def test_full_rank_is_the_fine_tune(family: str, embeddings: str, make_model: Ma
     expected = _logits(auto.from_pretrained(tuned))
     torch.testing.assert_close(_logits(_in_peft(base, tmp_path / "adapter")), expected, rtol=0, atol=2e-5)
     assert verify(tmp_path / "adapter") == []
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_experts_by_energy(family: str, make_model: MakeModel, tmp_path: Path) -> None:
+    """One by one on disk or fused and transposed; all experts of a layer get one rank."""
+    base = make_model(tmp_path / "base", family=family, **FAMILIES[family])
+    tuned = make_model(tmp_path / "tuned", base=base, seed=1, noise=0.3)
+    found = _extract(base, tuned, tmp_path / "adapter", energy=0.8)
+    error, _ = _distance(base, tuned, tmp_path / "adapter")
+    assert found.error == pytest.approx(error, rel=1e-4)
+    rows = {row["tensor"]: row for row in found.rows}
+    assert rows["model.layers.0.mlp.experts.gate_up_proj"]["energy"] >= 0.8
+    assert rows["model.layers.0.mlp.experts.down_proj"]["captured"] == "experts"
+    left_out = {row["tensor"].rpartition(".")[2] for row in found.rows if row["captured"] == "left out"}
+    # Parameters that are no weight or bias of a module: peft cannot save them.
+    assert left_out == ({"gate_up_proj_bias", "down_proj_bias", "sinks"} if family == "gpt_oss" else set())
 
 
 @pytest.mark.parametrize("measure", [{"rank": 3}, {"energy": 0.7}, {"energy": 0.9, "max_rank": 5}])

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, field_validator, model_validator
 
-from solera_core.adapters import stored_name
+from solera_core.adapters import stored_experts, stored_name
 from solera_core.architecture import is_embedding, is_head
 from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
@@ -34,12 +34,17 @@ from solera_merge.masks import key
 from solera_merge.memory import Budget, default_memory_bytes, keep_freed_memory
 from solera_merge.problems import Problems, some
 
+if TYPE_CHECKING:
+    from solera_core.causal_lm import ParameterInfo
+
 __all__ = ["ExtractConfig", "Extraction", "extract_lora", "plan_extract"]
 
 Float32: TypeAlias = npt.NDArray[np.float32]
-Place: TypeAlias = Literal["lora", "embedding", "saved", "bias", "left out"]
+Place: TypeAlias = Literal["lora", "embedding", "experts", "saved", "bias", "left out"]
 
 _BLOCK: Final = 1 << 20  # elements read at a time
+_EXPERT_NAMES: Final = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+_LOW_RANK: Final = ("lora", "embedding", "experts")
 _WORK: Final = 6  # float32 copies of a matrix that its decomposition holds at most
 
 
@@ -121,14 +126,27 @@ class Extraction:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One tensor: what it is called in memory and on disk, and how a change of it is captured."""
+    """One tensor in memory, and how a change of it is captured.
+
+    Attributes:
+        name: in memory.
+        stored: on disk; of experts that are stored one by one, all of them, in order.
+        shape: in memory; of fused experts that of the update as peft has it, (experts, out, in).
+        transposed: [in, out], per expert too.
+        why: it is left out.
+    """
 
     name: str
-    stored: str
+    stored: tuple[str, ...]
     shape: tuple[int, ...]
     place: Place
     transposed: bool
     why: str = ""
+
+    @property
+    def side(self) -> int:
+        """The largest rank there can be."""
+        return min(self.shape[-2:])
 
     @property
     def module(self) -> str:
@@ -142,7 +160,7 @@ def plan_extract(config: ExtractConfig, ctx: Context) -> Plan:
         {
             "tensor": piece.name,
             "if changed": f"left out: {piece.why}" if piece.place == "left out" else piece.place,
-            "rank": _most_rank(piece, config) if piece.place in ("lora", "embedding") else "",
+            "rank": _most_rank(piece, config) if piece.place in _LOW_RANK else "",
             "bytes": _most_bytes(piece, config, base, tuned),
         }
         for piece in pieces
@@ -182,17 +200,17 @@ def extract_lora(config: ExtractConfig, out: Path, ctx: Context) -> Extraction:
     tuned.fetch()
     dtype = _dtype(config, base, tuned)
     with staged(out, overwrite=ctx.overwrite, flush=ctx.flush) as staging:
-        with AdapterOutput(staging, dtype) as output:
+        with AdapterOutput(staging, dtype, as_parameters=_as_parameters(pieces)) as output:
             rows, modules = _capture(pieces, base, tuned, config, output, ctx)
             if not rows:
                 raise CheckpointError(f"{base.ref} and {tuned.ref}: no tensor differs, so there is nothing to extract")
-            if not output.ranks:
+            if not output.ranks and not output.parameters:
                 raise CheckpointError(
                     f"{base.ref} and {tuned.ref}: no matrix of a linear layer that is to be captured differs, and an "
                     "adapter without a low-rank update cannot be loaded; loosen target_modules or exclude"
                 )
             biases = any(row["captured"] == "bias" for row in rows)
-            tied = not any(is_head(piece.stored) for piece in pieces) and any(
+            tied = not any(is_head(piece.stored[0]) for piece in pieces) and any(
                 is_embedding(row["tensor"]) and row["captured"] != "left out" for row in rows
             )
             others = [
@@ -252,22 +270,25 @@ def _prepare(config: ExtractConfig, ctx: Context) -> tuple[Checkpoint, Checkpoin
 
 
 def _pieces(base: Checkpoint, tuned: Checkpoint, config: ExtractConfig, ctx: Context) -> list[_Piece]:
-    from solera_core.causal_lm import meta_parameters
+    from solera_core.causal_lm import ParameterInfo, meta_parameters
 
     try:
         parameters = meta_parameters(base.path, trust_remote_code=ctx.trust_remote_code)
     except CheckpointError as e:
         ctx.progress.note(f"{e}; the adapter gets the names on disk")
-        parameters = {}
+        parameters = dict[str, ParameterInfo]()
     names = {stored: name for name in parameters if (stored := stored_name(name, base.tensors)) is not None}
-    pieces: list[_Piece] = []
+    pieces = list(_expert_pieces(parameters, base, config))
+    of_experts = {stored for piece in pieces for stored in piece.stored}
     for stored, info in base.tensors.items():
+        if stored in of_experts:
+            continue
         name = names.get(stored, stored)
         known = parameters.get(name)
         kind = known.module if known is not None else _guess(name, info.shape)
         shape = tuned.tensors[stored].shape
-        place, why = _place(name, shape, info.dtype, kind, in_memory=not parameters or known is not None, config=config)
-        pieces.append(_Piece(name, stored, shape, place, transposed=kind == "Conv1D", why=why))
+        place, why = _place(name, shape, info.dtype, kind, not parameters or known is not None, config)
+        pieces.append(_Piece(name, (stored,), shape, place, transposed=kind == "Conv1D", why=why))
     low_rank = {piece.module for piece in pieces if piece.place in ("lora", "embedding")}
     return [
         _Piece(p.name, p.stored, p.shape, "bias", p.transposed)
@@ -275,6 +296,21 @@ def _pieces(base: Checkpoint, tuned: Checkpoint, config: ExtractConfig, ctx: Con
         else p
         for p in pieces
     ]
+
+
+def _expert_pieces(
+    parameters: "Mapping[str, ParameterInfo]", base: Checkpoint, config: ExtractConfig
+) -> Iterator[_Piece]:
+    """Fused experts, in the order in which their module has them, stored as they are or expert by expert."""
+    for name, info in parameters.items():
+        module, _, leaf = name.rpartition(".")
+        stored = stored_experts(name, base.tensors)
+        if len(info.shape) != 3 or not stored:
+            continue
+        experts, high, wide = info.shape
+        shape = (experts, wide, high) if info.transposed else info.shape
+        place, why = _place(f"{module}.{leaf}", shape, base.tensors[stored[0]].dtype, "experts", True, config)
+        yield _Piece(name, stored, shape, place, transposed=info.transposed, why=why)
 
 
 def _guess(name: str, shape: tuple[int, ...]) -> str:
@@ -285,22 +321,25 @@ def _guess(name: str, shape: tuple[int, ...]) -> str:
 
 
 def _place(
-    name: str, shape: tuple[int, ...], dtype: str, kind: str, *, in_memory: bool, config: ExtractConfig
+    name: str, shape: tuple[int, ...], dtype: str, kind: str, in_memory: bool, config: ExtractConfig
 ) -> tuple[Place, str]:
     """How a change of a tensor is captured; where it is not, why."""
     module, _, leaf = name.rpartition(".")
+    module = name if kind == "experts" else module
     if config.exclude is not None and re.search(config.exclude, module):
         return "left out", "excluded"
     if config.target_modules is not None and not re.search(config.target_modules, module):
         return "left out", "not among target_modules"
     if dtype not in FLOATS:
         return "left out", f"stored as {dtype}"
+    if kind == "experts":
+        return "experts", ""
     table = is_embedding(name) or is_head(name)
     if table and config.embeddings == "skip":
         return "left out", "embeddings: skip"
     if table and config.embeddings == "lora":
         return ("embedding" if is_embedding(name) else "lora"), ""
-    if not table and kind in ("Linear", "Conv1D") and leaf == "weight" and len(shape) == 2:
+    if not table and in_memory and kind in ("Linear", "Conv1D") and leaf == "weight" and len(shape) == 2:
         return "lora", ""
     if not in_memory or leaf not in ("weight", "bias"):
         return "left out", "peft cannot save this parameter by itself"
@@ -314,6 +353,13 @@ def _dtype(config: ExtractConfig, base: Checkpoint, tuned: Checkpoint) -> str:
         return SAFETENSORS_NAME[config.dtype]
     found = {info.dtype for c in (base, tuned) for info in c.tensors.values() if info.dtype in FLOATS}
     return next(iter(found)) if len(found) == 1 and found != {"F64"} else "F32"
+
+
+def _as_parameters(pieces: Sequence[_Piece]) -> frozenset[str]:
+    """Modules that peft would take for parts of fused experts, by their last name, if they were target_modules."""
+    if not any(piece.place == "experts" or len(piece.shape) == 3 for piece in pieces):
+        return frozenset()
+    return frozenset(p.module for p in pieces if p.place == "lora" and p.module.rpartition(".")[2] in _EXPERT_NAMES)
 
 
 def _capture(
@@ -331,7 +377,7 @@ def _capture(
     threads = ctx.threads if ctx.threads is not None else _cores()
     budget = Budget(default_memory_bytes() if ctx.memory_bytes is None else ctx.memory_bytes)
     total = sum(math.prod(piece.shape) for piece in pieces)
-    tied = not any(is_head(piece.stored) for piece in pieces)
+    tied = not any(is_head(piece.stored[0]) for piece in pieces)
     rows: list[dict[str, Any]] = []
     saved: dict[str, None] = {}
 
@@ -358,23 +404,25 @@ def _capture(
                     if tied and piece.place == "embedding":  # peft keeps the tied head's half beside it
                         output.put("lm_head.lora_A.weight", change.factors.right)
                         output.put("lm_head.lora_B.weight", change.factors.left)
+                elif change.experts:
+                    output.add_experts(piece.name, change.experts)
                 elif piece.place == "saved":
                     saved[piece.module] = None
         finally:
             pool.shutdown(cancel_futures=True)
     for row in rows:  # a changed bias of a module without a low-rank update needs the whole module
         module = row["tensor"].rpartition(".")[0]
-        if row["captured"] == "bias" and module not in output.ranks:
+        if row["captured"] == "bias" and module not in output.ranks and f"{module}.weight" not in output.parameters:
             row["captured"] = "saved"
             saved[module] = None
     biases = any(row["captured"] == "bias" for row in rows)
     for piece in pieces:
         if piece.module in saved:
-            output.put_blocks(piece.name, piece.shape, _blocks(tuned, piece.stored))
-            if tied and is_embedding(piece.stored):
-                output.put_blocks("lm_head.weight", piece.shape, _blocks(tuned, piece.stored))
+            output.put_blocks(piece.name, piece.shape, _blocks(tuned, piece.stored[0]))
+            if tied and is_embedding(piece.stored[0]):
+                output.put_blocks("lm_head.weight", piece.shape, _blocks(tuned, piece.stored[0]))
         elif biases and piece.place == "bias" and piece.module in output.ranks:
-            output.put_blocks(f"{piece.module}.base_layer.bias", piece.shape, _blocks(tuned, piece.stored))
+            output.put_blocks(f"{piece.module}.base_layer.bias", piece.shape, _blocks(tuned, piece.stored[0]))
     return rows, list(saved)
 
 
@@ -386,17 +434,22 @@ class _Change:
     missing: float
     weight: float
     factors: Factors | None = None
+    experts: tuple[Factors, ...] = ()
     resized: bool = False
 
 
 def _change(
     piece: _Piece, base: Checkpoint, tuned: Checkpoint, config: ExtractConfig, dtype: str, seed: int
 ) -> _Change:
-    if base.tensors[piece.stored].shape != piece.shape:
+    if piece.place == "experts":
+        return _change_of_experts(piece, base, tuned, config, dtype, seed)
+    if piece.place != "left out" and base.tensors[piece.stored[0]].shape != piece.shape:
         return _Change(0.0, 0.0, 0.0, resized=True)
     if piece.place not in ("lora", "embedding"):
         square = weight = rounding = 0.0
-        for old, new in zip(_blocks(base, piece.stored), _blocks(tuned, piece.stored), strict=True):
+        olds = (block for stored in piece.stored for block in _blocks(base, stored))
+        news = (block for stored in piece.stored for block in _blocks(tuned, stored))
+        for old, new in zip(olds, news, strict=True):
             square += _square(new - old)
             weight += _square(new)
             if piece.place != "left out":
@@ -404,7 +457,7 @@ def _change(
         return _Change(square, square if piece.place == "left out" else rounding, weight)
     delta = np.empty(math.prod(piece.shape), np.float32)
     weight, at = 0.0, 0
-    for old, new in zip(_blocks(base, piece.stored), _blocks(tuned, piece.stored), strict=True):
+    for old, new in zip(_blocks(base, piece.stored[0]), _blocks(tuned, piece.stored[0]), strict=True):
         np.subtract(new, old, out=delta[at : at + new.size])
         weight += _square(new)
         at += new.size
@@ -418,6 +471,46 @@ def _change(
         factors = factors.padded(min(config.rank, *matrix.shape))
     factors = factors.stored(dtype)
     return _Change(square, residual(matrix, factors), weight, factors)
+
+
+def _change_of_experts(
+    piece: _Piece, base: Checkpoint, tuned: Checkpoint, config: ExtractConfig, dtype: str, seed: int
+) -> _Change:
+    """One expert after the other; all of them get the rank of the one that needs most."""
+    experts, high, wide = piece.shape
+    deltas: list[Float32] = []
+    square = weight = 0.0
+    for expert in range(experts):
+        new = _expert(tuned, piece, expert)
+        deltas.append(new - _expert(base, piece, expert))
+        square += _square(deltas[-1])
+        weight += _square(new)
+    if square == 0:
+        return _Change(0.0, 0.0, weight)
+    found = [decompose(d, config.keep, key(seed, f"{piece.name}.{e}", "extract-lora")) for e, d in enumerate(deltas)]
+    rank = max(factors.rank for factors in found) if config.rank is None else min(config.rank, high, wide)
+    stored = tuple(factors.padded(rank).stored(dtype) for factors in found)
+    missing = math.fsum(residual(delta, factors) for delta, factors in zip(deltas, stored, strict=True))
+    return _Change(square, missing, weight, experts=stored)
+
+
+def _expert(checkpoint: Checkpoint, piece: _Piece, expert: int) -> Float32:
+    """The matrix of one expert, [out, in]."""
+    experts, high, wide = piece.shape
+    if len(piece.stored) == 1:
+        start, stop = expert * high * wide, (expert + 1) * high * wide
+        values = checkpoint.read_flat(piece.stored[0], start, stop)
+        matrix = np.ascontiguousarray(values.reshape(wide, high).T) if piece.transposed else values.reshape(high, wide)
+    else:
+        halves = len(piece.stored) // experts
+        names = piece.stored[expert * halves : (expert + 1) * halves]
+        matrix = np.concatenate([checkpoint.read(name) for name in names])
+    if not np.isfinite(matrix).all():
+        raise CheckpointError(
+            f"{checkpoint.ref}: expert {expert} of {piece.name!r} holds values that are NaN or infinite; the model is "
+            "damaged or diverged in training"
+        )
+    return matrix
 
 
 def _blocks(checkpoint: Checkpoint, name: str) -> Iterator[Float32]:
@@ -438,11 +531,12 @@ def _square(x: Float32) -> float:
 
 def _row(piece: _Piece, change: _Change) -> dict[str, Any]:
     missing = change.missing / change.square if change.square else 0.0
+    updates = [change.factors] if change.factors is not None else change.experts
     return {
         "tensor": piece.name,
         "captured": piece.place,
-        "rank": change.factors.rank if change.factors is not None else None,
-        "of": min(piece.shape) if change.factors is not None else None,
+        "rank": updates[0].rank if updates else None,
+        "of": piece.side if updates else None,
         "energy": max(1 - missing, 0.0),
         "error": math.sqrt(missing),
         "error_of_weight": math.sqrt(change.missing / change.weight) if change.weight else 0.0,
@@ -469,19 +563,20 @@ def _task_type(config: Mapping[str, Any]) -> str | None:
 
 
 def _most_rank(piece: _Piece, config: ExtractConfig) -> int:
-    return config.keep.most(min(piece.shape))
+    return config.keep.most(piece.side)
 
 
 def _most_bytes(piece: _Piece, config: ExtractConfig, base: Checkpoint, tuned: Checkpoint) -> int:
     """What a tensor may take in the adapter."""
     width = ITEM_BYTES[_dtype(config, base, tuned)]
-    if piece.place in ("lora", "embedding"):
-        return _most_rank(piece, config) * sum(piece.shape) * width
+    if piece.place in _LOW_RANK:
+        experts = piece.shape[0] if piece.place == "experts" else 1
+        return _most_rank(piece, config) * experts * sum(piece.shape[-2:]) * width
     return 0 if piece.place == "left out" else math.prod(piece.shape) * width
 
 
 def _work_bytes(piece: _Piece) -> int:
-    return 4 * (_WORK * math.prod(piece.shape) if piece.place in ("lora", "embedding") else 4 * _BLOCK)
+    return 4 * (_WORK * math.prod(piece.shape) if piece.place in _LOW_RANK else 4 * _BLOCK)
 
 
 def _cores() -> int:

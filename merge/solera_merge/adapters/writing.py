@@ -36,11 +36,17 @@ class AdapterOutput:
         directory: the staging directory.
         dtype: safetensors name of the number format of all its tensors.
         ranks: of every module with a low-rank update.
+        parameters: ranks of updates of parameters that peft targets by themselves: fused experts, in the order in
+            which their module has them, and the weights of modules in `as_parameters`.
+        as_parameters: modules whose weight is targeted as a parameter. (peft takes `gate_proj` and the like of a model
+            with fused experts for the experts'.)
     """
 
     directory: Path
     dtype: str
     ranks: dict[str, int] = field(default_factory=dict[str, int])
+    parameters: dict[str, int] = field(default_factory=dict[str, int])
+    as_parameters: frozenset[str] = frozenset()
     _places: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict[str, tuple[tuple[int, ...], int]])
     _file: IO[bytes] | None = None
 
@@ -58,13 +64,33 @@ class AdapterOutput:
 
         Of an embedding, left is [vocabulary, rank] and right [rank, width]; peft stores both transposed.
         """
-        self.ranks[module] = factors.rank
+        if module in self.as_parameters:
+            self.parameters[f"{module}.weight"] = factors.rank
+        else:
+            self.ranks[module] = factors.rank
         if embedding:
             self.put(f"{module}.lora_embedding_A", factors.left.T)
             self.put(f"{module}.lora_embedding_B", factors.right.T)
         else:
             self.put(f"{module}.lora_A.weight", factors.right)
             self.put(f"{module}.lora_B.weight", factors.left)
+
+    def add_experts(self, parameter: str, experts: Sequence[Factors]) -> None:
+        """Add the updates of all experts of a fused parameter, all of one rank."""
+        self.parameters[parameter] = experts[0].rank
+        left = np.stack([factors.left for factors in experts], axis=-1)  # out, rank, experts
+        self.put(f"{parameter}.lora_A.weight", np.concatenate([factors.right for factors in experts]))
+        self.put(f"{parameter}.lora_B.weight", left.reshape(len(left), -1))
+
+    def _wrapped(self, name: str) -> str:
+        """The name in the file: of several parameters of one module, peft wraps the last one outermost."""
+        parameter = name.rpartition(".lora_")[0]
+        if parameter not in self.parameters:
+            return name
+        module = parameter.rpartition(".")[0]
+        siblings = [other for other in self.parameters if other.rpartition(".")[0] == module]
+        depth = len(siblings) - 1 - siblings.index(parameter)
+        return module + ".base_layer" * depth + name.removeprefix(parameter)
 
     def put(self, name: str, values: npt.NDArray[np.float32]) -> None:
         """Add a tensor, by its name in the model (peft's prefix is added here). Raises as `put_blocks`."""
@@ -90,17 +116,19 @@ class AdapterOutput:
     def finish(self, settings: Mapping[str, Any]) -> dict[str, str]:
         """Write weights and settings; the digest of every tensor. `settings` are beyond r, alpha and their patterns."""
         assert self._file is not None
-        specs = [TensorSpec(PREFIX + name, self.dtype, self._places[name][0]) for name in sorted(self._places)]
+        places = {PREFIX + self._wrapped(name): place for name, place in self._places.items()}
+        specs = [TensorSpec(name, self.dtype, places[name][0]) for name in sorted(places)]
         with CheckpointWriter(self.directory, specs, shard_bytes=_ONE_FILE) as writer:
             for spec in specs:
-                self._file.seek(self._places[spec.name.removeprefix(PREFIX)][1])
+                self._file.seek(places[spec.name][1])
                 for at in range(0, spec.size, _BLOCK):
                     count = min(_BLOCK, spec.size - at)
                     raw = self._file.read(count * spec.nbytes // spec.size)
                     writer.write_raw(spec.name, at, np.frombuffer(raw, np.uint8), checked=True)
             digests = writer.finish()
         (self.directory / "model.safetensors").rename(self.directory / WEIGHTS_FILE)
-        content = {**_DEFAULTS, **_ranks(self.ranks), **settings}
+        targets = {"target_parameters": list(self.parameters) or None}
+        content = {**_DEFAULTS, **_ranks(self.ranks | self.parameters), **targets, **settings}
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (self.directory / CONFIG_FILE).write_text(text, encoding="utf-8")
         return digests
