@@ -5,12 +5,13 @@ those of real fine-tunes fall) plus noise; norms and embeddings are those of the
 are medians over the rounds. The error is measured the same way for both: peft's own formula on the adapter that was
 written, against the fine-tune, relative to the change.
 
-    python bench/extract_lora.py                     0.1B parameters, rank 32
-    python bench/extract_lora.py --size tiny --rank 8
+    python -m bench.extract_lora                     0.1B parameters, rank 32
+    python -m bench.extract_lora --size tiny --rank 8
 """
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from merge import Cost, generate, run
+from bench.merge import Cost, generate, run
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.output import write_metadata
@@ -43,7 +44,7 @@ def fine_tune(base: Path, directory: Path) -> None:
                 left = random.standard_normal((spec.shape[0], k), dtype=np.float32)
                 right = random.standard_normal((k, spec.shape[1]), dtype=np.float32)
                 change = (left / np.arange(1, k + 1, dtype=np.float32)) @ right
-                values = values + np.float32(1e-4) * change
+                values = (values + np.float32(1e-4) * change).astype(np.float32)
             writer.write_flat(spec.name, 0, values.reshape(-1))
         writer.finish()
     write_metadata(directory, config=source.config, sidecars=[])
@@ -57,7 +58,7 @@ def error(base: Path, tuned: Path, adapter: Path) -> float:
         ours, goal, start = (model.read_flat(name).astype(np.float64) for model in models)
         missing += float(np.sum((ours - goal) ** 2))
         change += float(np.sum((goal - start) ** 2))
-    return (missing / change) ** 0.5
+    return math.sqrt(missing / change)
 
 
 def main() -> None:

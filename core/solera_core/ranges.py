@@ -72,6 +72,10 @@ class RangeReader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def fileno(self) -> int:
+        """The descriptor, for whoever reads by position without us."""
+        return self._descriptor
+
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)

@@ -6,7 +6,7 @@ float32, float16 or bfloat16; everything else goes through the readable function
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias, TypedDict, Unpack
 
@@ -18,8 +18,7 @@ from solera_merge.block import CHUNK_ELEMENTS
 from solera_merge.kernels.formats import CODES
 from solera_merge.kernels.norms import norms_and_dots
 from solera_merge.kernels.selection import collect_bin, count_lower, count_upper, find_equal
-from solera_merge.kernels.sparsified import merge_largest, merge_random
-from solera_merge.kernels.sums import weighted_deltas, weighted_sum
+from solera_merge.kernels.spans import Rows, span_of_deltas, span_of_largest, span_of_random, span_of_sum
 from solera_merge.masks import split_key, threshold
 from solera_merge.methods.slerp import coefficients
 from solera_merge.reduction import LANES, add_parts, root_sums
@@ -31,8 +30,11 @@ __all__ = ["FUSED", "Drift", "NotFiniteError", "RawBlock", "RawFormula", "RawTen
 _COLLECTED = 1 << 18  # elements of a bin that are held in memory to be ranked: 2.5 MB
 
 
+_NO_FILES, _NO_OFFSETS = np.empty(0, np.int32), np.empty(0, np.int64)
+
+
 class NotFiniteError(Exception):
-    """An input holds NaN or infinity; the engine looks for the place."""
+    """An input holds NaN or infinity, or cannot be read; the engine looks for the place."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,23 @@ class RawBlock:
         n: number of elements.
         raw: [N, bytes], one row a source: the models, then the base where there is one.
         codes: [N], number format of each row (`solera_merge.kernels.formats.CODES`).
+        files: [N], where the elements are still to be read from, `step` at a time into `raw`; empty: they are there.
+        offsets: [N], of the first byte in each file.
+        step: elements at a time; 0 where all are there.
     """
 
     start: int
     n: int
     raw: npt.NDArray[np.uint8]
     codes: npt.NDArray[np.int64]
+    files: npt.NDArray[np.int32] = field(default_factory=lambda: _NO_FILES)
+    offsets: npt.NDArray[np.int64] = field(default_factory=lambda: _NO_OFFSETS)
+    step: int = 0
+
+    @property
+    def rows(self) -> tuple[Rows, int, int]:
+        """What a kernel over spans begins with: sources, number of elements, elements at a time."""
+        return Rows(self.raw, self.codes, self.files, self.offsets), self.n, self.step or max(self.n, 1)
 
 
 class RawTensor(Protocol):
@@ -74,10 +87,15 @@ class RawTensor(Protocol):
         """One pass over all elements, in order; a block is only valid until the next one."""
         ...
 
+    def spans(self) -> Iterator[RawBlock]:
+        """As `blocks`, but larger ones, which kernels over spans read for themselves."""
+        ...
+
 
 Drift: TypeAlias = npt.NDArray[np.float64]
 RawFormula: TypeAlias = Callable[[RawBlock, npt.NDArray[np.uint8], int, Drift], int]
-"""(block, output bytes, their format, drift) -> what was not finite: bit 0 an input, bit 1 the output.
+"""(block, output bytes, their format, drift) -> what was wrong: bit 0 an input is not finite, bit 1 the output, bit 2 a
+file cannot be read.
 
 What is added to `drift`: |result - reference|^2 and |reference|^2; the reference is the base, else the first model.
 """
@@ -89,13 +107,13 @@ def linear(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool) -
     """As `methods.linear`."""
     factors = np.array(weight, np.float32)
     divisor = np.float32(sum(weight)) if normalize else _one
-    return lambda b, out, code, drift: weighted_sum(b.raw, b.codes, b.n, factors, divisor, out, code, drift, 0)
+    return lambda b, out, code, drift: span_of_sum(*b.rows, factors, divisor, out, code, drift, 0)
 
 
 def passthrough(_tensor: RawTensor, /, *, scale: Sequence[float]) -> RawFormula:
     """As `methods.passthrough`."""
     factors = np.array(scale, np.float32)
-    return lambda b, out, code, drift: weighted_sum(b.raw, b.codes, b.n, factors, _one, out, code, drift, 0)
+    return lambda b, out, code, drift: span_of_sum(*b.rows, factors, _one, out, code, drift, 0)
 
 
 def slerp(tensor: RawTensor, /, *, t: float) -> RawFormula:
@@ -109,7 +127,7 @@ def slerp(tensor: RawTensor, /, *, t: float) -> RawFormula:
             add_parts(parts, more)
     c_base, c_model = coefficients(t, *root_sums(base, model, product))
     factors = np.array([c_model, c_base], np.float32)  # a sum of two has the same bits in either order
-    return lambda b, out, code, drift: weighted_sum(b.raw, b.codes, b.n, factors, _one, out, code, drift, 1)
+    return lambda b, out, code, drift: span_of_sum(*b.rows, factors, _one, out, code, drift, 1)
 
 
 def task_arithmetic(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool, lambda_: float) -> RawFormula:
@@ -117,7 +135,7 @@ def task_arithmetic(_tensor: RawTensor, /, *, weight: Sequence[float], normalize
     factors = np.array(weight, np.float32)
     divisor = np.float32(sum(weight) or 1.0) if normalize else _one
     scale = np.float32(lambda_)
-    return lambda b, out, code, drift: weighted_deltas(b.raw, b.codes, b.n, factors, divisor, scale, out, code, drift)
+    return lambda b, out, code, drift: span_of_deltas(*b.rows, factors, divisor, scale, out, code, drift)
 
 
 def ties(
@@ -138,8 +156,8 @@ def ties(
     bits = np.array([cut.bits for cut in cuts], np.uint32)
     last = np.array([min(cut.last, tensor.size) for cut in cuts], np.int64)
     factors, scale = np.array(weight, np.float32), np.float32(lambda_)
-    return lambda b, out, code, drift: merge_largest(
-        b.raw, b.codes, b.n, b.start, bits, last, factors, normalize, scale, out, code, drift
+    return lambda b, out, code, drift: span_of_largest(
+        *b.rows, b.start, bits, last, factors, normalize, scale, out, code, drift
     )
 
 
@@ -172,8 +190,8 @@ def _dare(tensor: RawTensor, *, elect: bool, **parameters: Unpack[Dare]) -> RawF
     kept = np.array(rescale_factors(density, rescale=parameters["rescale"]), np.float32)
     factors, scale = np.array(weight, np.float32), np.float32(parameters["lambda_"])
     divisor = np.float32(sum(weight) or 1.0)
-    return lambda b, out, code, drift: merge_random(
-        b.raw, b.codes, b.n, b.start, keys, limits, kept, factors, elect, normalize, divisor, scale, out, code, drift
+    return lambda b, out, code, drift: span_of_random(
+        *b.rows, b.start, keys, limits, kept, factors, elect, normalize, divisor, scale, out, code, drift
     )
 
 
@@ -181,6 +199,9 @@ FUSED: Mapping[str, Callable[..., RawFormula]] = MappingProxyType(
     {f.__name__: f for f in (linear, passthrough, slerp, task_arithmetic, ties, dare_ties, dare_linear)}
 )
 """By the name of the method."""
+
+_OVER_SPANS = frozenset(FUSED)
+"""Those whose last pass reads for itself."""
 
 
 def merged_blocks(
@@ -199,12 +220,15 @@ def merged_blocks(
         Where the block belongs, and its bytes.
 
     Raises:
-        NotFiniteError: an input or the result is not finite in the block behind the one that was given last.
+        NotFiniteError: an input or the result is not finite, or an input unreadable, in the block behind the one that
+            was given last.
     """
     formula = FUSED[method](tensor, **keywords)
     width = ITEM_BYTES[dtype]
-    out = np.empty(tensor.step * width, np.uint8)
-    for block in tensor.blocks():
+    out = np.empty(0, np.uint8)
+    for block in tensor.spans() if method in _OVER_SPANS else tensor.blocks():
+        if out.size < block.n * width:
+            out = np.empty(block.n * width, np.uint8)
         if formula(block, out, CODES[dtype], drift):
             raise NotFiniteError
         yield block, out[: block.n * width]

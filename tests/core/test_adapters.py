@@ -261,8 +261,9 @@ def test_settings_beyond_the_formula_are_refused(kind: str, base: Path, adapter:
     assert "adapter_config.json" in str(caught.value)
 
 
-def _rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
+def _rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> str:
     tensors[new] = tensors.pop(old)
+    return new
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -41,7 +41,8 @@ def _distance(base: Path, tuned: Path, adapter: Path) -> tuple[float, float]:
 
 def _logits(model: Any, *, vocabulary: int = 300) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(torch.arange(40)[None] * 7 % vocabulary).logits
+        logits: torch.Tensor = model.eval()(torch.arange(40)[None] * 7 % vocabulary).logits
+        return logits
 
 
 def _in_peft(base: Path, adapter: Path) -> Any:

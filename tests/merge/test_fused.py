@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,10 @@ from hypothesis import strategies as st
 from solera_core.dtypes import ITEM_BYTES, from_float32, nonfinite, to_float32
 from solera_merge.block import CHUNK_ELEMENTS
 from solera_merge.fused import FUSED, NotFiniteError, RawBlock
+from solera_merge.kernels import compiled
 from solera_merge.kernels.formats import CODES, PIECE, narrow, widen
 from solera_merge.kernels.selection import collect_bin, find_equal
+from solera_merge.kernels.spans import UNREADABLE
 from solera_merge.kernels.sparsified import merge_largest
 from solera_merge.masks import bernoulli
 from solera_merge.methods.catalogue import METHODS
@@ -48,6 +52,8 @@ class RawInMemory:
                 width = ITEM_BYTES[dtype]
                 row[: n * width] = stored[start * width : (start + n) * width]
             yield RawBlock(start, n, raw, codes)
+
+    spans = blocks
 
 
 def fused(method: str, tensor: RawInMemory, dtype: str, **parameters: Any) -> Bytes:
@@ -275,3 +281,72 @@ def test_selection_far_behind() -> None:
     assert bad == 0
     kept = [m * cut.keeps(m, FAR) for m in models]
     assert out.tobytes() == (base + disjoint_merge(kept, (1.0, 1.0), normalize=False, scale=1.0)).tobytes()
+
+
+def test_spans_read_their_files_piece_by_piece(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    models = [rng.standard_normal(10_000, np.float32) for _ in range(3)]
+    with ExitStack() as files:
+        descriptors = []
+        for i, model in enumerate(models):
+            file = tmp_path / f"{i}.bin"
+            file.write_bytes(b"header" + model.tobytes())
+            descriptors.append(files.enter_context(file.open("rb")).fileno())
+        raw = np.empty((3, 4096 * 4), np.uint8)
+        codes = np.zeros(3, np.int64)
+        span = RawBlock(0, 10_000, raw, codes, np.array(descriptors, np.int32), np.full(3, 6, np.int64), 4096)
+        whole = RawBlock(0, 10_000, np.stack(models).view(np.uint8), codes)
+        linear = FUSED["linear"](RawInMemory([], [], 10_000, (), 10_000), weight=(0.2, 0.3, 0.5), normalize=True)
+        results = []
+        for block in (span, whole):
+            out, drift = np.empty(40_000, np.uint8), np.zeros(2)
+            assert linear(block, out, CODES["F32"], drift) == 0
+            results.append((out, drift))
+        assert np.array_equal(results[0][0], results[1][0])
+        assert np.array_equal(results[0][1], results[1][1])
+
+
+def test_a_file_that_was_cut_is_noticed_in_the_kernel(tmp_path: Path) -> None:
+    file = tmp_path / "cut.bin"
+    file.write_bytes(np.ones(6000, np.float32).tobytes())
+    linear = FUSED["linear"](RawInMemory([], [], 10_000, (), 10_000), weight=(1.0,), normalize=True)
+    with file.open("rb") as opened:
+        span = RawBlock(
+            0,
+            10_000,
+            np.empty((1, 4096 * 4), np.uint8),
+            np.zeros(1, np.int64),
+            np.array([opened.fileno()], np.int32),
+            np.zeros(1, np.int64),
+            4096,
+        )
+        assert linear(span, np.empty(40_000, np.uint8), CODES["F32"], np.zeros(2)) & UNREADABLE
+
+
+def test_a_cached_kernel_is_not_used_when_one_inside_it_has_changed(tmp_path: Path) -> None:
+    copy = tmp_path / "kernels_copy"
+    copy.mkdir()
+    (copy / "__init__.py").touch()
+    original = Path(compiled.__file__)
+    (copy / "compiled.py").write_bytes(original.read_bytes())
+    (copy / "inner.py").write_text(
+        "from kernels_copy.compiled import kernel\n\n@kernel\ndef inner(x):\n    return x + 1\n"
+    )
+    (copy / "outer.py").write_text(
+        "from kernels_copy.compiled import kernel\nfrom kernels_copy.inner import inner\n\n"
+        "@kernel\ndef outer(x):\n    return inner(x) * 10\n"
+    )
+
+    def run() -> list[str]:
+        code = "from kernels_copy.outer import outer; print(outer(1), sum(outer.stats.cache_hits.values()))"
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+        )
+        return done.stdout.split()
+
+    assert run() == ["20", "0"]
+    assert run() == ["20", "1"]
+    inner = copy / "inner.py"
+    inner.write_text(inner.read_text().replace("+ 1", "+ 2"))
+    assert run() == ["30", "0"]

@@ -108,7 +108,8 @@ def _errors(adapter: Path) -> dict[str, float]:
 
 def _cut(x: F64, rank: int) -> F64:
     u, s, vt = np.linalg.svd(x, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+    best: F64 = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    return best
 
 
 def test_concatenation_is_the_weighted_sum(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ class TwoBuffers:
                 row[: n * width] = stored[start * width : (start + n) * width]
             yield RawBlock(start, n, raw, codes)
 
+    spans = blocks
+
 
 def whole(blocks: Iterator[tuple[RawBlock, Bytes]]) -> Bytes:
     parts: list[Bytes] = []

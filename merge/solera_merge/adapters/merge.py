@@ -295,7 +295,7 @@ def _parameters(config: MergeConfig, names: Sequence[str], adapters: Sequence[St
     layers = [found[1] for name in names if (found := layer_of(f"{name}.weight")) is not None]
     last = max(layers, default=0)
     sources = tuple(Source(i, 0, model.parameters, f"models.{i}") for i, model in enumerate(config.models))
-    run = Run(sources, None, last + 1, {})
+    run = Run(sources, None, last + 1, config.method, ())
 
     def target(name: str) -> Target:
         found = layer_of(f"{name}.weight")
