@@ -36,11 +36,15 @@ __all__ = [
 ]
 
 
-def write_metadata(directory: Path, *, config: Mapping[str, Any], sidecars: Iterable[Path]) -> None:
-    """Write config.json (sorted keys, as transformers does) and copy the sidecar files byte for byte."""
+def write_metadata(
+    directory: Path, *, config: Mapping[str, Any], sidecars: Iterable[Path], files: Mapping[str, bytes] | None = None
+) -> None:
+    """Write config.json (sorted keys, as transformers does) and `files`; copy the sidecar files byte for byte."""
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
     copy_sidecars(sidecars, directory)
+    for name, content in (files or {}).items():
+        (directory / name).write_bytes(content)
 
 
 def check_output(directory: Path, *, reload: bool = True, trust_remote_code: bool = False) -> dict[str, Any]:

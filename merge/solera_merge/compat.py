@@ -90,7 +90,7 @@ def as_mergekit(
             f"merge_method: mergekit {mergekit_versions()['mergekit']} has no {name!r}, so there are no bytes of its "
             "to reproduce; leave compat out"
         )
-    if config.tokenizer_source is not None:
+    if config.wanted_tokenizer is not None:
         problems.config(
             "tokenizer_source: mergekit rebuilds the embeddings where one is given, which compat does not reproduce; "
             "leave one of the two out"

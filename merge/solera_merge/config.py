@@ -12,16 +12,12 @@ from solera_core.strict import Strict, did_you_mean
 from solera_merge.adapters.settings import COMBINATIONS, METHODS_OF_UPDATES, AdapterSettings
 from solera_merge.methods.catalogue import METHODS, Method
 from solera_merge.settings import Setting, scalars_of
+from solera_merge.tokenizer.config import TokenizerConfig
 
 __all__ = ["MergeConfig", "ModelSource", "OutputModule", "OutputSlice", "Parameters", "SliceSource"]
 
 Parameters: TypeAlias = dict[str, Setting]
 DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
-
-_LATER = {
-    "tokenizer": "building a tokenizer is not supported yet; `tokenizer_source` copies that of the base or a model",
-    "chat_template": "setting a chat template is not supported yet; the one of the tokenizer that is copied is kept",
-}
 
 
 class ModelSource(Strict):
@@ -123,7 +119,10 @@ class MergeConfig(Strict):
         dtype: of the output where `out_dtype` is not given. (mergekit also computes in it; here it is float32,
             unless the run is asked for mergekit's own bytes: `Context.compat`.)
         out_dtype: of the output; without either, each tensor keeps the widest dtype of its sources.
-        tokenizer_source: whose tokenizer is copied: `base` or one of the models; by default the config's owner.
+        tokenizer_source: the output's tokenizer: `union`, `base` or one of the models. By default it is that of the
+            config's owner, and all models must have its tokens.
+        tokenizer: the same with settings of single tokens.
+        chat_template: `auto`, a name, or the text of a template (`solera_merge.tokenizer.chat`).
         adapter: all models are LoRA adapters, and so is the output (`docs/adapters.md`).
     """
 
@@ -137,14 +136,21 @@ class MergeConfig(Strict):
     dtype: DType | None = None
     out_dtype: DType | None = None
     tokenizer_source: str | None = None
+    tokenizer: TokenizerConfig | None = None
+    chat_template: str | None = None
     adapter: AdapterSettings | None = None
-    tokenizer: None = None
-    chat_template: None = None
 
     @property
     def method(self) -> Method:
         """The catalogue's entry of the global method."""
         return METHODS[self.merge_method]
+
+    @property
+    def wanted_tokenizer(self) -> TokenizerConfig | None:
+        """The tokenizer that the recipe asks for, in either way."""
+        if self.tokenizer_source is None:
+            return self.tokenizer
+        return TokenizerConfig(source=self.tokenizer_source)
 
     @property
     def parts(self) -> dict[str | None, OutputModule]:
@@ -168,23 +174,6 @@ class MergeConfig(Strict):
     def _known(cls, value: str) -> str:
         return _known_method(value)
 
-    @field_validator("tokenizer", "chat_template", mode="before")
-    @classmethod
-    def _later(cls, value: Any, info: Any) -> Any:
-        if value is not None:
-            raise ValueError(_LATER[info.field_name])
-        return value
-
-    @field_validator("tokenizer_source")
-    @classmethod
-    def _no_union(cls, value: str | None) -> str | None:
-        if value == "union":
-            raise ValueError(
-                "`union` is not supported yet: it needs every embedding permuted to a new vocabulary; "
-                "use `base` or one of the models, whose tokenizers must agree"
-            )
-        return value
-
     @model_validator(mode="after")
     def _whole(self) -> "MergeConfig":
         problems: list[str] = []
@@ -194,7 +183,9 @@ class MergeConfig(Strict):
             raise ValueError(f"give one of `models`, `slices`, `modules` and `towers`{both}")
         if self.towers is not None and self.base_model is None:
             problems.append("towers: need a base_model (the model whose towers they are, and that all else comes from)")
-        if self.tokenizer_source == "base" and self.base_model is None:
+        if self.tokenizer_source is not None and self.tokenizer is not None:
+            problems.append("tokenizer_source: `tokenizer` is given too, and has a `source`; remove one of the two")
+        if (wanted := self.wanted_tokenizer) is not None and wanted.source == "base" and self.base_model is None:
             problems.append("tokenizer_source: `base` needs a base_model")
         for where, parameters, per_source, methods in self._levels():
             problems += [f"{where}{problem}" for problem in _misfits(parameters, methods, per_source=per_source)]
@@ -204,7 +195,7 @@ class MergeConfig(Strict):
         return self
 
     def _misfits_of_adapters(self, adapter: AdapterSettings) -> Iterator[str]:
-        for name in ("slices", "modules", "towers", "base_model", "tokenizer_source"):
+        for name in ("slices", "modules", "towers", "base_model", "tokenizer_source", "tokenizer", "chat_template"):
             if getattr(self, name) is not None:
                 yield f"{name}: has no meaning where adapters are merged into an adapter (`adapter:`)"
         if self.merge_method not in METHODS_OF_UPDATES:

@@ -58,6 +58,7 @@ class Models:
         towers: of every model.
         fills: where a model is no whole model of the owner's kind: the owner's tower that it is, and the same in the
             model itself.
+        inputs: as opened, under their own names and with their own vocabularies.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -65,6 +66,7 @@ class Models:
     owner: int
     towers: tuple[tuple[Tower, ...], ...]
     fills: tuple[tuple[Tower, Tower] | None, ...]
+    inputs: tuple[Checkpoint, ...]
 
     def ref(self, model: int) -> str:
         """How the recipe calls a model."""
@@ -96,13 +98,13 @@ def open_models(config: MergeConfig, ctx: Context, problems: Problems) -> Models
     return _named_alike(config, checkpoints, index, index.get(config.base_model or "", 0), problems)
 
 
-def compare(models: Models, *, whole: bool, same_tokenizer: bool) -> list[str]:
+def compare(models: Models, *, whole: bool, tokenizers: bool) -> list[str]:
     """Check that the models belong together, as far as configs and tokenizers tell; returns warnings.
 
     Args:
         models: as opened.
         whole: every model is merged over all its layers, so their number must agree.
-        same_tokenizer: the recipe chose a tokenizer, so that any token with another id elsewhere is an error.
+        tokenizers: equal ids must mean equal tokens, because the recipe asks for no tokenizer.
 
     Raises:
         CheckpointError: different architectures, heads, activation, tie flags, layer counts or vocabularies.
@@ -143,7 +145,8 @@ def compare(models: Models, *, whole: bool, same_tokenizer: bool) -> list[str]:
                 f"{where}: different numbers of layers: {layers[0]} and {layers[1]}; choose equally many with `slices` "
                 "and `layer_range`"
             )
-        _compare_tokenizers(first, other, problems, warnings, strictly=same_tokenizer)
+        if tokenizers:
+            _compare_tokenizers(first, other, problems, warnings)
     problems.raise_any()
     return warnings
 
@@ -178,7 +181,8 @@ def _named_alike(
 ) -> Models:
     """The models under the owner's names; those that are but a tower of it, as that tower."""
     if not opened:
-        return Models((), index, 0, (), ())
+        return Models((), index, 0, (), (), ())
+    inputs = tuple(opened)
     towers = [towers_of(checkpoint.tensors) for checkpoint in opened]
     first = opened[owner]
     fills: list[tuple[Tower, Tower] | None] = [None] * len(opened)
@@ -199,7 +203,7 @@ def _named_alike(
         elif i != owner:
             opened[i] = align(checkpoint, towers[i], towers[owner])
             towers[i] = towers[i] if opened[i] is checkpoint else towers_of(opened[i].tensors)
-    return Models(tuple(opened), index, owner, tuple(towers), tuple(fills))
+    return Models(tuple(opened), index, owner, tuple(towers), tuple(fills), inputs)
 
 
 def _tower_sources(config: MergeConfig) -> list[tuple[str, str]]:
@@ -269,9 +273,7 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, 
     return [(key, x, y) for key, x, y in triples if x is not None and y is not None and x != y]
 
 
-def _compare_tokenizers(
-    first: Checkpoint, other: Checkpoint, problems: Problems, warnings: list[str], *, strictly: bool
-) -> None:
+def _compare_tokenizers(first: Checkpoint, other: Checkpoint, problems: Problems, warnings: list[str]) -> None:
     conflict = conflicting_ids(first, other)
     if conflict is None or not conflict.count:
         return
@@ -279,10 +281,10 @@ def _compare_tokenizers(
         f"{conflict.files[0]} and {conflict.files[1]}: {conflict.count} of {conflict.common} token ids mean different "
         f"tokens (id {conflict.example[0]} is {conflict.example[1]!r} and {conflict.example[2]!r})"
     )
-    if strictly or conflict.count > _OTHER_VOCABULARY * conflict.common:
+    if conflict.count > _OTHER_VOCABULARY * conflict.common:
         problems.checkpoint(
-            f"{line}: embedding rows would be mixed up; merge models with one vocabulary "
-            "(moving embeddings to another vocabulary is not supported yet)"
+            f"{line}: embedding rows would be mixed up; `tokenizer_source: union` (or `base`, or one of the models) "
+            "gives the models one vocabulary"
         )
     else:
         warnings.append(f"{line}; the output gets the tokenizer of the first")

@@ -12,8 +12,9 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from solera_core.architecture import fused_experts, has_tokens_beyond_vocabulary, is_embedding, is_head, vocab_size
-from solera_core.checkpoint import Checkpoint
 from solera_core.context import Context
 from solera_core.digest import json_digest
 from solera_core.dtypes import FLOATS, ITEM_BYTES, SAFETENSORS_NAME
@@ -21,8 +22,6 @@ from solera_core.errors import CheckpointError, ResourceError
 from solera_core.licence import concerns, read_licence
 from solera_core.plan import Plan
 from solera_core.ranges import stamp
-from solera_core.sidecars import tokenizer_files
-from solera_core.strict import did_you_mean
 from solera_core.version import __version__
 from solera_core.writer import TensorSpec, layout
 from solera_merge.block import BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS, block_starts
@@ -36,7 +35,9 @@ from solera_merge.problems import Problems
 from solera_merge.resolve import check_filters, resolve
 from solera_merge.runs import parts_of
 from solera_merge.targets import Target, find_targets
-from solera_merge.vocabulary import check_tokenizer
+from solera_merge.tokenizer.align import Alignment, align_vocabularies
+from solera_merge.tokenizer.files import OutputFiles, files_of, with_vocabulary
+from solera_merge.tokenizer.models import donor_of, has_tokenizer
 
 __all__ = [
     "COPY",
@@ -127,12 +128,14 @@ class MergePlan:
         tensors: in the order of the output files.
         config: content of config.json.
         sidecars: tokenizer and other files to be copied.
+        files: content of those that are written anew, by name.
         warnings: what a careful person would want to know first.
     """
 
     tensors: tuple[TensorPlan, ...]
     config: Mapping[str, Any]
     sidecars: tuple[Path, ...]
+    files: Mapping[str, bytes]
     warnings: tuple[str, ...]
 
     @property
@@ -143,7 +146,8 @@ class MergePlan:
     @property
     def disk_bytes(self) -> int:
         """Size of everything that will be written, provenance excepted."""
-        return sum(s.nbytes for s in layout(self.specs)) + sum(f.stat().st_size for f in self.sidecars if f.exists())
+        beside = sum(f.stat().st_size for f in self.sidecars if f.exists()) + sum(map(len, self.files.values()))
+        return sum(s.nbytes for s in layout(self.specs)) + beside
 
 
 def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
@@ -163,14 +167,15 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     models = open_models(config, ctx, problems)
     whole, all_here = all(part.models is not None for part in config.parts.values()), not problems.found
     with problems.collected():
-        warnings += compare(models, whole=whole, same_tokenizer=config.tokenizer_source is not None)
+        warnings += compare(models, whole=whole, tokenizers=config.wanted_tokenizer is None)
     plain = config.models is not None  # else names of tensors in the output are not those in the models
     names = {name for c in models.checkpoints for name in c.tensors} if plain else set[str]()
     wholes = [c for c, fills in zip(models.checkpoints, models.fills, strict=True) if fills is None]
     if not all_here or len({family_of(c.config) for c in wholes}) > 1:
         check_filters(config, names, problems)
         problems.raise_any()  # all that could be said besides would follow from this
-    donor = _tokenizer_owner(config, models, problems)
+    donor = donor_of(config, models, problems)
+    alignment, beside = Alignment(models, models.owner if donor is None else donor), OutputFiles((), {}, ())
     known = len(problems.found)
     parts = parts_of(config, models, problems)
     sound = len(problems.found) == known
@@ -178,9 +183,18 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
         check_filters(config, names, problems)
     if not sound and not plain:
         problems.raise_any()
+    aligned = config.wanted_tokenizer is None
+    if donor is not None:
+        with problems.collected():
+            if sound:
+                alignment, aligned = align_vocabularies(config, models, parts, donor), True
+        with problems.collected():
+            beside = files_of(alignment, config)
+    models = alignment.models
+    warnings += [*alignment.warnings, *beside.warnings]
     targets, notes = find_targets(parts, models, problems)
     warnings += notes
-    _check_shapes(targets, models, problems)
+    _check_shapes(targets, models, problems, vocabularies=aligned)
     resolved: list[dict[str, Any]] = []
     with problems.collected():
         resolved = resolve(config, targets, models) if sound else []
@@ -194,20 +208,23 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     dtype = _main_dtype(tensors)
     content, notes = output_config(models, parts, dtype=_TORCH_NAME[dtype])
     warnings += notes
+    warnings += with_vocabulary(content, alignment)
     _check_vocabulary(tensors, content, models)
-    if not _has_tokenizer(donor):
-        warnings.append(f"{donor.path}: has no tokenizer, and no other model here has one: the output will have none")
+    if not has_tokenizer(owner := models.checkpoints[alignment.donor]):
+        warnings.append(f"{owner.path}: has no tokenizer, and no other model here has one: the output will have none")
     warnings += concerns([read_licence(c.ref, d) for c in models.checkpoints for d in c.directories])
     if config.parameters.get("int8_mask"):
         warnings.append("parameters.int8_mask: has no effect (no mask is stored)")
-    return MergePlan(tuple(tensors), content, tuple(donor.sidecars), tuple(dict.fromkeys(warnings))), models
+    unique = tuple(dict.fromkeys(warnings))
+    return MergePlan(tuple(tensors), content, beside.copied, beside.written, unique), models
 
 
 def plan_key(plan: MergePlan, models: Models) -> str:
     """What a killed run and this one must have in common for this one to go on: plan, inputs, version."""
     inputs = [checkpoint.fingerprint() for checkpoint in models.checkpoints]
     sidecars = [[str(file), *astuple(stamp(file))] for file in plan.sidecars]  # else copies of others would be left
-    key = [__version__, repr(plan.tensors), dict(plan.config), sidecars, inputs]
+    files = {name: blake3(content).hexdigest() for name, content in plan.files.items()}
+    key = [__version__, repr(plan.tensors), dict(plan.config), sidecars, files, inputs]
     if any(tensor.mergekit is not None for tensor in plan.tensors):
         from solera_merge.compat import mergekit_versions
 
@@ -236,6 +253,7 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
     ]
     writes: list[Mapping[str, Any]] = [{"what": s.file, "bytes": s.nbytes} for s in layout(plan.specs)]
     writes += [{"what": f.name, "bytes": f.stat().st_size} for f in plan.sidecars]
+    writes += [{"what": name, "bytes": len(content)} for name, content in plan.files.items()]
     parameters = list(dict.fromkeys(name for method in config.methods for name in method.parameters))
     return Plan(
         stage="merge",
@@ -328,8 +346,8 @@ def _row(tensor: TensorPlan, models: Models, parameters: Sequence[str]) -> dict[
     }
 
 
-def _check_shapes(targets: Sequence[Target], models: Models, problems: Problems) -> None:
-    """One line for every two models and kind of difference."""
+def _check_shapes(targets: Sequence[Target], models: Models, problems: Problems, *, vocabularies: bool) -> None:
+    """One line for every two models and kind of difference; those of the `vocabularies` may be known already."""
     found: dict[tuple[int, int], list[str]] = {}
     for target in targets:
         infos = [
@@ -343,11 +361,12 @@ def _check_shapes(targets: Sequence[Target], models: Models, problems: Problems)
             both = f"{first.file}: {first.name!r} is {first.shape}, {info.file}: {info.name!r} is {info.shape}"
             rows = is_embedding(first.name) or is_head(first.name)
             if rows and first.shape[1:] == info.shape[1:]:
-                problems.checkpoint(
-                    f"{both}: the vocabularies of {models.ref(first_model)!r} and {models.ref(model)!r} "
-                    "have different sizes; merge models with "
-                    "one tokenizer, or give them equally many rows first (resize_token_embeddings of transformers)"
-                )
+                if vocabularies:
+                    problems.checkpoint(
+                        f"{both}: the vocabularies of {models.ref(first_model)!r} and {models.ref(model)!r} have "
+                        "different sizes; `tokenizer_source: union` (or `base`, or one of the models) gives them one "
+                        "vocabulary"
+                    )
             else:
                 found.setdefault((first_model, model), []).append(both)
     for lines in found.values():
@@ -366,7 +385,8 @@ def _check_vocabulary(tensors: Sequence[TensorPlan], content: Mapping[str, Any],
             file = models.checkpoints[models.owner].path / "config.json"
             raise CheckpointError(
                 f"{file}: vocab_size is {rows}, but {tensor.name!r} of "
-                f"{models.ref(tensor.models[0].model)!r} is {tensor.shape}; merge models with one vocabulary"
+                f"{models.ref(tensor.models[0].model)!r} is {tensor.shape}; `tokenizer_source: union` (or `base`, or "
+                "one of the models) gives the models one vocabulary"
             )
 
 
@@ -419,29 +439,3 @@ def _main_dtype(tensors: Sequence[TensorPlan]) -> str:
         if tensor.dtype in FLOATS:
             total[tensor.dtype] += tensor.spec.size * ITEM_BYTES[tensor.dtype]
     return total.most_common(1)[0][0] if total else "F32"
-
-
-def _has_tokenizer(checkpoint: Checkpoint) -> bool:
-    return bool(tokenizer_files(file.name for file in checkpoint.sidecars))
-
-
-def _tokenizer_owner(config: MergeConfig, models: Models, problems: Problems) -> Checkpoint:
-    wanted = config.tokenizer_source
-    donor = models.checkpoints[models.owner]
-    if wanted is not None and wanted != "base":
-        if wanted not in models.index:
-            hint = did_you_mean(wanted, ["base", *models.index])
-            problems.config(f"tokenizer_source: {wanted!r} is none of the models of this merge{hint}")
-            return donor
-        donor = models.checkpoints[models.index[wanted]]
-    with problems.collected():
-        check_tokenizer(donor)
-    owners = [c.ref for c in models.checkpoints if _has_tokenizer(c)]
-    if owners and not _has_tokenizer(donor):
-        problems.config(
-            f"tokenizer_source: {donor.ref!r} ({donor.path}), whose tokenizer the output would get, has none; "
-            f"set `tokenizer_source: {owners[0]}`"
-            + (f" (or one of {', '.join(owners[1:])})" if owners[1:] else "")
-            + ", or copy the tokenizer files into that directory"
-        )
-    return donor

@@ -15,7 +15,7 @@ from solera_merge.models import Models
 from solera_merge.problems import Problems, some
 from solera_merge.runs import Part, Run, Source
 
-__all__ = ["Target", "find_targets"]
+__all__ = ["Target", "find_targets", "lies_before"]
 
 # Tables of sines, positions and causal masks that old checkpoints store and transformers computes: left out.
 _DERIVED = (
@@ -155,12 +155,12 @@ def _stacked(part: Part, expansion: _Expansion) -> Iterator[Target]:
 
 def _outside(part: Part, run: Run, stack: str, expansion: _Expansion, *, before: bool) -> Iterator[Target]:
     found = dict.fromkeys(name for s in run.sources for name in expansion.names(s, part.tower))
-    chosen = [name for name in found if not name.startswith(f"{stack}.") and _lies_before(name) == before]
+    chosen = [name for name in found if not name.startswith(f"{stack}.") and lies_before(name) == before]
     for row in expansion.everywhere(run, [chosen] * len(run.sources)):
         yield Target(row[0], run, row, 0.0)
 
 
-def _lies_before(name: str) -> bool:
+def lies_before(name: str) -> bool:
     """Embeddings (of tokens, positions, types, and their norms) come before the layers, everything else behind them."""
     return is_embedding(name) or (not is_head(name) and any(word in name for word in ("embed", "wte", "wpe")))
 

@@ -70,9 +70,6 @@ def test_mergekit_recipes_are_read(recipe: Recipe) -> None:
             {"merge_method": "linear", "models": AB, "modules": {"m": {"models": [{"model": "a"}]}}},
             "not models and modules",
         ),
-        ({"merge_method": "linear", "models": AB, "tokenizer": {"source": "union"}}, "tokenizer: building a tokenizer"),
-        ({"merge_method": "linear", "models": AB, "chat_template": "auto"}, "chat_template: setting a chat template"),
-        ({"merge_method": "linear", "models": AB, "tokenizer_source": "union"}, "`union` is not supported yet"),
         ({"merge_method": "linear", "models": AB, "tokenizer_source": "base"}, "needs a base_model"),
         (
             {"merge_method": "linear", "slices": [{"sources": [{"model": "a", "layer_range": [2, 2]}]}]},
