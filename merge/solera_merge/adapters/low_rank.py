@@ -23,7 +23,8 @@ Float64: TypeAlias = npt.NDArray[np.float64]
 
 _ZERO = 2.0**-23  # singular values below this share of the largest are none: float32 does not resolve them
 _SMALL = 256  # sides up to this are always decomposed exactly
-_OVERSAMPLED, _POWER_ITERATIONS = 10, 3
+_POWER_ITERATIONS = 3
+_FIRST_REACH = 20  # directions that are looked for first where the rank is not known
 _BLOCK = 1 << 22  # elements of the difference that are looked at together
 
 
@@ -104,22 +105,26 @@ def decompose(matrix: Float32, keep: Keep, key: int) -> Factors:
         return _with_signs(np.ascontiguousarray(factors.right.T), np.ascontiguousarray(factors.left.T))
     side = matrix.shape[0]
     most = keep.most(side)
-    width = most + _OVERSAMPLED if keep.energy is None else min(2 * _OVERSAMPLED, most) + _OVERSAMPLED
-    if side > _SMALL and 5 * width < side:
+    reach = most if keep.energy is None else min(_FIRST_REACH, most)
+    if side > _SMALL and 5 * _width(reach) < side:
         total = _square(matrix)
-        while 5 * width < side:
-            basis = _range(matrix, width, key)
-            part = basis.T @ matrix
-            values, vectors = _gram_vectors(part)
-            rank = keep.choose(values[: width - _OVERSAMPLED], total)
-            if rank is None and width - _OVERSAMPLED >= most:
+        while 5 * _width(reach) < side:
+            basis = _range(matrix, _width(reach), key)
+            values, vectors = _gram_vectors(basis.T @ matrix)
+            rank = keep.choose(values[:reach], total)
+            if rank is None and reach == most:
                 rank = most
             if rank is not None:
                 return _pair(basis @ vectors[:, :rank].astype(np.float32), matrix)
-            width = min(3 * (width - _OVERSAMPLED), most) + _OVERSAMPLED
+            reach = min(3 * reach, most)
     values, vectors = _gram_vectors(matrix)
     rank = keep.choose(values, float(values.sum()))
     return _pair(vectors[:, : most if rank is None else rank], matrix)
+
+
+def _width(reach: int) -> int:
+    """Random directions for `reach` wanted ones."""
+    return reach + reach // 2 + 10
 
 
 def _range(matrix: Float32, width: int, key: int) -> Float32:
