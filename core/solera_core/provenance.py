@@ -252,5 +252,7 @@ def _digest(
 ) -> str:
     if not stored:
         return json_digest({"files": files})
-    config = read_settings(directory) if is_adapter(directory) else read_config(directory, trust_remote_code=True)
+    if is_adapter(directory):
+        return checkpoint_digest(read_settings(directory), stored.values(), digests)
+    config = read_config(directory, trust_remote_code=True) if (directory / "config.json").exists() else {}
     return checkpoint_digest(config, stored.values(), digests)

@@ -247,8 +247,8 @@ def extract_lora(config: ExtractConfig, out: Path, ctx: Context) -> Extraction:
 
 def _prepare(config: ExtractConfig, ctx: Context) -> tuple[Checkpoint, Checkpoint, list[_Piece]]:
     problems = Problems()
-    base = open_checkpoint(config.base_model, ctx, weights="later")
-    tuned = open_checkpoint(config.model, ctx, weights="later")
+    base = open_checkpoint(config.base_model, ctx, weights="later", dequantise=True)
+    tuned = open_checkpoint(config.model, ctx, weights="later", dequantise=True)
     a, b = base.tensors, tuned.tensors
     for only, who, other in ((a.keys() - b.keys(), base, tuned), (b.keys() - a.keys(), tuned, base)):
         if only:

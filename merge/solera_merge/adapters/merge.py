@@ -6,7 +6,7 @@ loses is computed, not estimated, and reported.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
@@ -21,7 +21,7 @@ from solera_core.errors import CheckpointError, ConfigError, InputError
 from solera_core.hub import resolve
 from solera_core.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, LoraModule, StoredAdapter, is_adapter, open_stored
 from solera_core.plan import Plan
-from solera_core.provenance import adapter_record, write_provenance
+from solera_core.provenance import InputRecord, adapter_record, write_provenance
 from solera_core.staging import check_apart, check_target, require_disk, staged
 from solera_merge.adapters.knots import align
 from solera_merge.adapters.low_rank import Factors, Keep, decompose, recombine, residual, residual_of_sum
@@ -36,9 +36,11 @@ from solera_merge.resolve import resolve as resolve_parameters
 from solera_merge.runs import Run, Source
 from solera_merge.targets import Target
 
-__all__ = ["merge_adapters", "plan_merge_adapters"]
+__all__ = ["Record", "merge_adapters", "plan_merge_adapters"]
 
 Float32: TypeAlias = npt.NDArray[np.float32]
+
+Record: TypeAlias = Callable[[Mapping[str, Any], list[InputRecord]], tuple[Mapping[str, Any], list[InputRecord]]]
 
 _BLOCK: Final = 1 << 20
 _WAY_OUT: Final = "merge the models instead (models: [{model: base+adapter}, ...], without `adapter:`)"
@@ -115,10 +117,11 @@ def plan_merge_adapters(config: MergeConfig, ctx: Context) -> Plan:
     )
 
 
-def merge_adapters(config: MergeConfig, out: Path, ctx: Context) -> Path:
+def merge_adapters(config: MergeConfig, out: Path, ctx: Context, *, record: Record | None = None) -> Path:
     """Merge LoRA adapters into a new one at `out`; the same recipe, inputs and seed give the same bytes.
 
-    The error of every module (of what is stored, against what the method made) is in solera.json.
+    The error of every module (of what is stored, against what the method made) is in solera.json. `record`: see
+    `solera_merge.run.merge`.
 
     Raises:
         InputError: as `plan_merge_adapters`; or the target is in the way; or a value is not finite.
@@ -148,12 +151,16 @@ def merge_adapters(config: MergeConfig, out: Path, ctx: Context) -> Path:
         worst = sorted(errors, key=lambda name: -errors[name])[:_WORST]
         listed = ", ".join(f"{name} {errors[name]:.3g}" for name in worst)
         ctx.progress.note(f"relative error of the stored updates: {error:.3g} (largest: {listed})")
+        recipe: Mapping[str, Any] = config.model_dump(mode="json", exclude_none=True)
+        inputs = [adapter_record(adapter) for adapter in plan.adapters]
+        if record is not None:
+            recipe, inputs = record(recipe, inputs)
         write_provenance(
             staging,
             kind="merge",
-            recipe=config.model_dump(mode="json", exclude_none=True),
+            recipe=recipe,
             seed=ctx.seed,
-            inputs=[adapter_record(adapter) for adapter in plan.adapters],
+            inputs=inputs,
             tensors=digests,
             checks={"error": error, "errors": errors},
         )
