@@ -63,9 +63,11 @@ class RouterConfig(Strict):
 
 
 class MoeConfig(Strict):
-    """A sparse mixture of experts in Mixtral's format, out of dense specialists of one base.
+    """A sparse mixture of experts, out of dense specialists of one base.
 
     Attributes:
+        target: the format; `auto`: the one that holds the models exactly and that most of `engines` run exactly.
+        engines: that shall run it.
         trunk: the model that attention, norms, embeddings and head are taken from.
         experts: two or more specialists.
         top_k: experts that work on a token.
@@ -77,6 +79,10 @@ class MoeConfig(Strict):
     experts: tuple[ExpertConfig, ...] = Field(min_length=2)
     top_k: int = Field(default=2, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    target: Literal[
+        "auto", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared", "flex_olmo", "olmoe"
+    ] = "auto"
+    engines: tuple[Literal["transformers", "vllm", "llama.cpp"], ...] = ("transformers", "vllm", "llama.cpp")
     router: RouterConfig = Field(default_factory=RouterConfig)
 
     @model_validator(mode="after")

@@ -15,7 +15,6 @@ from solera_core.errors import DataError
 from solera_merge.moe.calibration import Domain, Sequences, tokenize
 from solera_merge.moe.config import MoeConfig, RouterConfig
 from solera_merge.moe.inputs import Inputs
-from solera_merge.moe.mixtral import ROUTER
 from solera_merge.moe.router import REFINEMENTS, SCALES, random_router, ridge_router, search_scale
 from solera_merge.moe.routing import first_choices, forced_route, mean_nll, set_routers
 from solera_merge.moe.states import router_statistics
@@ -93,17 +92,16 @@ def random_routers(config: MoeConfig, inputs: Inputs, *, seed: int) -> list[np.n
     shape = (len(inputs.experts), int(inputs.trunk.fields["hidden_size"]))
     std = float(inputs.trunk.fields["initializer_range"]) / temperature
     return [
-        random_router(ROUTER.format(layer=layer), shape, std=std, seed=seed) for layer in range(inputs.trunk.layers)
+        random_router(inputs.target.router.format(layer=layer), shape, std=std, seed=seed)
+        for layer in range(inputs.trunk.layers)
     ]
 
 
 def needs_trunk_copy(inputs: Inputs) -> bool:
     """Whether the dense model for the statistics must be written out: the trunk as it lies on disk does not do."""
-    checkpoint = inputs.trunk.checkpoint
-    return (
-        inputs.width != inputs.trunk.width
-        or any(checkpoint.is_derived(name) for name in checkpoint.tensors)
-        or any(info.file.suffix != ".safetensors" for info in checkpoint.tensors.values())
+    checkpoint = inputs.trunk.stored
+    return any(checkpoint.is_derived(name) for name in checkpoint.tensors) or any(
+        info.file.suffix != ".safetensors" for info in checkpoint.tensors.values()
     )
 
 
@@ -118,9 +116,7 @@ def fit_routers(
     if needs_trunk_copy(inputs):
         path = scratch
         path.mkdir()
-        write_dense(
-            path, inputs.trunk, inputs.trunk, like=inputs.trunk, width=inputs.width, dtype=None, threads=ctx.threads
-        )
+        write_dense(path, inputs.trunk, inputs.trunk, like=inputs.trunk, dtype=None, threads=ctx.threads)
     model = load_model(path)
     shutil.rmtree(scratch, ignore_errors=True)
     statistics = router_statistics(model, inputs.experts, calibration.fit, progress=ctx.progress)
@@ -166,7 +162,7 @@ def tune_routers(
     digests = replace_routers(open_checkpoint(directory, Context()), [scale * router for router in routers])
     written = open_checkpoint(directory, Context())  # anew: an open checkpoint refuses files that have changed
     # Measured with the routers as they are on disk, rounded to their number format.
-    set_routers(model, [written.read(ROUTER.format(layer=layer)) for layer in range(len(routers))])
+    set_routers(model, [written.read(inputs.target.router.format(layer=layer)) for layer in range(len(routers))])
     share: dict[str, list[float]] = {}
     tuned: dict[str, float] = {}
     oracle: dict[str, float] = {}

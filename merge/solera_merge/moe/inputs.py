@@ -9,6 +9,9 @@ from solera_core.errors import CheckpointError, ConfigError
 from solera_core.hub import split_adapter
 from solera_merge.moe.config import MoeConfig
 from solera_merge.moe.dense import Dense, read_dense
+from solera_merge.moe.families import PLAIN
+from solera_merge.moe.targets.choice import choose
+from solera_merge.moe.targets.target import Sizes, Target, Verdict
 from solera_merge.moe.vocabulary import compare_tokenizers
 from solera_merge.vocabulary import check_tokenizer
 
@@ -23,8 +26,9 @@ _SAME = (
     "vocab_size",
     "hidden_act",
     "tie_word_embeddings",
+    *(feature for feature in PLAIN if feature != "sliding_window"),
 )
-"""Must agree between trunk and experts: shapes, and the function of the feed-forward network."""
+"""Must agree between trunk and experts: shapes, and what their layers compute."""
 
 _TRUNKS = ("rope_parameters", "rms_norm_eps", "sliding_window", "eos_token_id")
 """The trunk's is used; an expert that was tuned with another deserves a warning."""
@@ -39,6 +43,8 @@ class Inputs:
         experts: in the order of the recipe.
         names: of the experts.
         width: of the widest expert; narrower ones are padded with zeros, which changes nothing they compute.
+        target: the format that the MoE is written in.
+        verdicts: what every engine makes of it there.
         warnings: what a careful person would want to know.
     """
 
@@ -46,6 +52,8 @@ class Inputs:
     experts: tuple[Dense, ...]
     names: tuple[str, ...]
     width: int
+    target: Target
+    verdicts: tuple[Verdict, ...]
     warnings: tuple[str, ...]
 
 
@@ -69,12 +77,12 @@ def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
             for field in _TRUNKS
             if expert.fields[field] != trunk.fields[field]
         ]
-    if trunk.fields["hidden_act"] != "silu":
-        warnings.append(
-            f"hidden_act is {trunk.fields['hidden_act']!r}: transformers honours it in a Mixtral, "
-            "other engines assume silu"
-        )
-    return Inputs(trunk, tuple(experts), names, max(expert.width for expert in experts), tuple(warnings))
+    width = max(expert.width for expert in experts)
+    sizes = Sizes(len(experts), config.top_k, width)
+    where = f"trunk: {trunk.config_file}"
+    target, doubts = choose(config.target, config.engines, trunk.fields, sizes, where=where)
+    verdicts = target.verdicts(trunk.fields, sizes)
+    return Inputs(trunk, tuple(experts), names, width, target, tuple(verdicts), (*warnings, *doubts))
 
 
 def _check_distinct(config: MoeConfig, trunk: Dense, experts: list[Dense], ctx: Context) -> list[str]:
