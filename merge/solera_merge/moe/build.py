@@ -27,8 +27,9 @@ from solera_merge.moe.dense import Dense, dense_shapes, is_ffn
 from solera_merge.moe.fit import encode_domains, fit_routers, needs_trunk_copy, random_routers, tune_routers
 from solera_merge.moe.identity import Identity, check_identity, checked_parameters
 from solera_merge.moe.inputs import Inputs, open_inputs
+from solera_merge.moe.prompts import PROMPT_FITS, prompt_routers
 from solera_merge.moe.targets.target import Piece
-from solera_merge.moe.write import moe_specs, write_moe
+from solera_merge.moe.write import moe_specs, replace_routers, write_moe
 
 __all__ = ["build_moe", "plan_moe"]
 
@@ -98,6 +99,11 @@ def _open(config: MoeConfig, ctx: Context) -> tuple[Inputs, list[Domain], list[s
             seed=ctx.seed,
         )
         warnings += found
+    if router.fit in PROMPT_FITS:
+        warnings.append(
+            f"router.fit: {router.fit}: a router made of a few prompts knows little of the domains; text of every "
+            "domain and fit: ridge route far better"
+        )
     trunk = inputs.trunk.stored
     unused = [info.nbytes for name, info in trunk.tensors.items() if not is_ffn(name)]
     share = sum(unused) / sum(info.nbytes for info in trunk.tensors.values())
@@ -121,6 +127,7 @@ def _plan(config: MoeConfig, inputs: Inputs, domains: Sequence[Domain], warnings
         math.prod(shape) for shape in dense_shapes({**trunk.fields, "intermediate_size": inputs.width}).values()
     )
     ridge = config.router.fit == "ridge"
+    runs_trunk = ridge or config.router.fit in PROMPT_FITS
     grams = trunk.layers * int(trunk.fields["hidden_size"]) ** 2 * 8
     checked = checked_parameters(inputs)
     return Plan(
@@ -142,8 +149,8 @@ def _plan(config: MoeConfig, inputs: Inputs, domains: Sequence[Domain], warnings
         writes=[{"what": shard.file, "bytes": shard.nbytes} for shard in layout(specs)],
         # float32 models: the identity check holds a MoE of some layers and three dense ones; the fit one dense model
         # and its Gram matrices; the temperature search the whole MoE.
-        memory_bytes=max(checked * 10, 4 * dense + 2 * grams if ridge else 0, 4 * total if ridge else 0) + (1 << 28),
-        disk_bytes=output_bytes + max(checked * 12, 4 * dense if ridge and needs_trunk_copy(inputs) else 0),
+        memory_bytes=max(checked * 10, (4 * dense + 2 * grams * ridge) * runs_trunk, 4 * total * ridge) + (1 << 28),
+        disk_bytes=output_bytes + max(checked * 12, 4 * dense if runs_trunk and needs_trunk_copy(inputs) else 0),
         parameters={
             **config.model_dump(mode="json"),
             "target": inputs.target.name,
@@ -249,7 +256,10 @@ def _build(
     found = [*_equal_experts(inputs, staging, digests), *_distances(identity)]
     for note in found:
         ctx.progress.note(note)
-    facts: dict[str, Any] = {"fit": "random"}
+    facts: dict[str, Any] = {"fit": config.router.fit}
+    if config.router.fit in PROMPT_FITS:
+        rows, facts = prompt_routers(config, inputs, staging / ".trunk", ctx)
+        digests |= replace_routers(open_checkpoint(staging, Context()), rows)
     if calibration is not None:
         routers = fit_routers(config, inputs, calibration, staging / ".trunk", ctx)
         tuned, facts = tune_routers(staging, routers, config, inputs, calibration, ctx)

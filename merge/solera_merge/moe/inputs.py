@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from solera_core.checkpoint import open_checkpoint
+from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError, ConfigError
 from solera_core.hub import split_adapter
-from solera_merge.moe.config import MoeConfig
+from solera_merge.moe.altered import altered
+from solera_merge.moe.config import ExpertConfig, MoeConfig
 from solera_merge.moe.dense import Dense, read_dense
 from solera_merge.moe.families import PLAIN
 from solera_merge.moe.targets.choice import choose
@@ -65,7 +66,7 @@ def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
         ConfigError: two experts lead to the same files.
     """
     trunk = read_dense("trunk", open_checkpoint(config.trunk, ctx))
-    experts = [read_dense(f"expert {e.name!r}", open_checkpoint(e.model, ctx)) for e in config.experts]
+    experts = [read_dense(f"expert {e.name!r}", _open_expert(e, ctx)) for e in config.experts]
     names = tuple(e.name for e in config.experts)
     check_tokenizer(trunk.checkpoint)
     warnings = _check_distinct(config, trunk, experts, ctx)
@@ -85,6 +86,16 @@ def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
     return Inputs(trunk, tuple(experts), names, width, target, tuple(verdicts), (*warnings, *doubts))
 
 
+def _open_expert(expert: ExpertConfig, ctx: Context) -> Checkpoint:
+    return altered(
+        open_checkpoint(expert.model, ctx),
+        residual_scale=expert.residual_scale,
+        noise_scale=expert.noise_scale,
+        seed=ctx.seed,
+        name=expert.name,
+    )
+
+
 def _check_distinct(config: MoeConfig, trunk: Dense, experts: list[Dense], ctx: Context) -> list[str]:
     """Two experts that lead to the same files are an error; one that leads to the trunk's is worth a warning."""
 
@@ -95,7 +106,7 @@ def _check_distinct(config: MoeConfig, trunk: Dense, experts: list[Dense], ctx: 
     seen: dict[tuple[Path, str], str] = {}
     for expert, model in zip(config.experts, experts, strict=True):
         where = place(expert.model, model)
-        if where in seen:
+        if where in seen and expert.noise_scale == 0:
             raise ConfigError(
                 f"experts: {seen[where]!r} and {expert.name!r} are the same model ({where[0]}); "
                 "two equal experts only waste memory"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["RouterStatistics", "batches", "router_statistics"]
+__all__ = ["RouterStatistics", "batches", "put_ffn", "router_inputs", "router_statistics"]
 
 _BATCH_TOKENS = 1024
 
@@ -74,10 +74,10 @@ def router_statistics(
     total = sum(sequences.tokens for sequences in text)
     with torch.inference_mode(), progress.task("reading router inputs", total, "tokens") as task:
         for e, (expert, sequences) in enumerate(zip(experts, text, strict=True)):
-            _put_ffn(model, expert)
+            put_ffn(model, expert)
             counts[e] = sequences.tokens
             for ids_BT, _ in batches(sequences):
-                with _router_inputs(model, layers) as states:
+                with router_inputs(model, layers) as states:
                     model.base_model(input_ids=ids_BT, use_cache=False)
                 for layer, x_BTD in states.items():
                     x_ND = x_BTD.reshape(-1, width).double()
@@ -108,7 +108,7 @@ def batches(sequences: Sequences) -> Iterator[tuple["torch.Tensor", "torch.Tenso
                 yield torch.tensor(ids[part]), torch.tensor(targets[part])
 
 
-def _put_ffn(model: "PreTrainedModel", expert: Dense) -> None:
+def put_ffn(model: "PreTrainedModel", expert: Dense) -> None:
     """Replace the feed-forward networks of a dense model by an expert's, at the expert's own width."""
     import torch
 
@@ -118,7 +118,7 @@ def _put_ffn(model: "PreTrainedModel", expert: Dense) -> None:
 
 
 @contextmanager
-def _router_inputs(model: "PreTrainedModel", layers: int) -> Iterator[Mapping[int, Any]]:
+def router_inputs(model: "PreTrainedModel", layers: int) -> Iterator[Mapping[int, Any]]:
     """What the routers would read, by layer, of the forward passes inside."""
     states: dict[int, Any] = {}
 

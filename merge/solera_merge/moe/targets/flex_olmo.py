@@ -23,13 +23,12 @@ def _settings(fields: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
 
 
 def _engines(fields: Mapping[str, Any], sizes: Sizes) -> Doubts:
-    found: Doubts = {}
+    found: Doubts = only_silu(fields)
     if sizes.top_k < sizes.experts:
-        found["vllm"] = (
-            "approximate",
-            "it never renormalises the top-k weights: exact with top_k equal to the number of experts",
-        )
-    return found | only_silu(fields) | {"llama.cpp": ("unsupported", "it does not know flex_olmo")}
+        why = "it never renormalises the top-k weights: exact with top_k equal to the number of experts"
+        found.setdefault("vllm", ("approximate", why))
+    found["llama.cpp"] = ("unsupported", "it does not know flex_olmo")
+    return found
 
 
 TARGET: Final = Target(

@@ -172,7 +172,7 @@ class Target:
 
     def pieces(self, fields: Mapping[str, Any], *, experts: int, width: int) -> list[Piece]:
         """The name map: every block of every tensor of the MoE, in the order of the network, with its source."""
-        slots = dict(zip(FFN, self.slots, strict=True))
+        slots: dict[str, Slot] = dict(zip(FFN, self.slots, strict=True))
         tensors: dict[str, list[Piece]] = {}
         for name, shape in dense_shapes({**fields, "intermediate_size": width}).items():
             prefix, _, suffix = name.rpartition(".mlp.")
