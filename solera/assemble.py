@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from solera.card import MARK, CardFacts, read_config, render_card
 from solera.leaks import Leak, scan_bytes, scan_file
-from solera.licences import Licence, LicenceReport, read_front_matter, read_licence, settle
+from solera.licences import LicenceReport, settle
 from solera.lineage import Ancestor, sources, trace
 from solera.results import ModelResults, read_results
 from solera_core.context import Context
 from solera_core.digest import file_sha256
 from solera_core.errors import CheckpointError, ConfigError, DataError, InputError, VerificationError
+from solera_core.licence import Licence, read_front_matter, read_licence
 from solera_core.provenance import FILE_NAME, read_provenance, verify
 from solera_core.sidecars import PATTERNS as SIDECARS
 from solera_core.sidecars import TOKENIZER_FILES, tokenizer_files

@@ -104,10 +104,14 @@ def _stage(
     kind: str, config: Path, out: Path, *, dry_run: bool, as_json: bool, seed: int | None, quiet: bool, **options: Any
 ) -> None:
     """Plan or run one stage; `options` are fields of the context."""
-    from solera.stages import plan_stage, read_stage, run_stage
+    from solera.stages import all_problems, plan_stage, read_stage, run_stage
+    from solera_core.errors import ConfigError
     from solera_core.staging import check_apart, check_target
 
-    parsed, base_dir = read_stage(kind, config)
+    try:
+        parsed, base_dir = read_stage(kind, config)
+    except ConfigError as e:
+        raise all_problems(kind, config, e, _context(Path(), seed, quiet, **options)) from e
     ctx = _context(base_dir, seed, quiet, **options)
     check_target(out, overwrite=ctx.overwrite)
     if dry_run:
@@ -447,31 +451,101 @@ def _short(value: Any) -> str:
 
 @app.command("diff")
 def diff_command(
-    a: Annotated[str, typer.Argument(help="One checkpoint.", show_default=False)],
-    b: Annotated[str, typer.Argument(help="The other.", show_default=False)],
+    models: Annotated[
+        list[str],
+        typer.Argument(help="A and B: how B differs from A. With --base: any number of models.", show_default=False),
+    ],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The common ancestor: how the models' changes of it agree.")
+    ] = None,
+    rank: Annotated[
+        bool,
+        typer.Option("--rank", help="Effective and stable rank of every matrix's change (slow: a minute for 0.3B)."),
+    ] = False,
+    top: Annotated[int, typer.Option("--top", min=0, help="Tensors listed (0: all).")] = 15,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Write a heat map, layer by kind, as .svg or .html.")
+    ] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(help="Sorted by and in the picture: relative_change, changed, rank, cosine or sign_conflict."),
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    threads: Threads = None,
 ) -> None:
-    """How two checkpoints differ, tensor by tensor: relative change, cosine, largest difference."""
-    from solera_core.checkpoint import open_checkpoint
-    from solera_core.diff import diff
+    """How models differ, tensor by tensor: relative change, cosine, sign conflict, effective rank."""
+    from solera.diff_report import check_picture, measure_of, print_diff
+    from solera.diff_report import picture as draw
+    from solera.diffing import compare, refs_of
 
-    ctx = _context(Path(), None, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    refs = refs_of(models, base)
+    shown = measure_of(measure, len(refs) - 1, ranks=rank)
+    if picture is not None:
+        check_picture(picture)
+    ctx = _context(Path(), None, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, threads=threads)
     if dry_run:
         from solera.read_plans import plan_diff
 
-        _show_plan(plan_diff(a, b, ctx), as_json=as_json)
+        _show_plan(plan_diff(refs, ctx), as_json=as_json)
         return
-    rows = diff(open_checkpoint(a, ctx), open_checkpoint(b, ctx))
+    found = compare(refs, ctx, ranks=rank)
+    if picture is not None:
+        draw(found, shown, picture)
+        ctx.progress.note(f"{picture}: written")
     if as_json:
-        print(json.dumps({"a": a, "b": b, "tensors": rows}, indent=2))  # noqa: T201
+        print(json.dumps(found.to_json(), indent=2))  # noqa: T201
     else:
-        from solera.console import print_rows
+        print_diff(found, top=top, measure=shown)
 
-        print_rows(f"{a} against {b}", rows)
+
+@app.command("plan")
+def plan_command(
+    what: Annotated[
+        list[str], typer.Argument(help="A recipe or merge config; or models that might be merged.", show_default=False)
+    ],
+    base: Annotated[str | None, typer.Option("--base", help="The common ancestor of the models.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only what would be read to answer.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    threads: Threads = None,
+) -> None:
+    """What a recipe would do; or what could be done with some models: do they fit, what to try, recipes to paste."""
+    from solera.plan_command import is_settings, kind_of_settings, plan_models, plan_settings, print_advice
+
+    ctx = _context(Path(), None, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, threads=threads)
+    if not is_settings(what):
+        if dry_run:
+            from solera.read_plans import plan_diff
+
+            _show_plan(plan_diff([*([base] if base is not None else []), *what], ctx), as_json=as_json)
+            return
+        advice = plan_models(what, base, ctx)
+        if as_json:
+            print(json.dumps(advice.to_json(), indent=2))  # noqa: T201
+        else:
+            print_advice(advice)
+        return
+    file = Path(what[0])
+    kind = kind_of_settings(file)
+    if kind == "recipe":
+        run_command(file, dry_run=True, as_json=as_json, quiet=quiet, trust_remote_code=trust_remote_code)
+        return
+    plan, models, notes = plan_settings(kind, file, ctx)
+    if as_json:
+        print(json.dumps({**plan.to_json(), "models": models, "advice": notes}, indent=2))  # noqa: T201
+        return
+    from solera.console import print_models
+
+    print_models(models)
+    _show_plan(plan, as_json=False)
+    for note in notes:
+        print(f"advice: {note}")  # noqa: T201
 
 
 @app.command("verify")

@@ -10,10 +10,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from solera.plan_rows import by_layers
 from solera_core.plan import Plan
 from solera_core.progress import Progress, Silent, Task
 
-__all__ = ["Lines", "make_progress", "print_plan", "print_rows", "print_run_plan", "readable_bytes", "stdout_console"]
+__all__ = [
+    "Lines",
+    "make_progress",
+    "print_models",
+    "print_plan",
+    "print_rows",
+    "print_run_plan",
+    "readable_bytes",
+    "stdout_console",
+]
 
 _PLAIN_EVERY_S = 5.0
 _LOG_WIDTH = 140
@@ -138,12 +148,33 @@ def print_plan(plan: Plan, *, max_rows: int = 40) -> None:
     _table(console, "reads", [_readable(r) for r in plan.reads])
     _table(console, "writes", [_readable(w) for w in plan.writes])
     console.print(f"memory: about {readable_bytes(plan.memory_bytes)}; disk: {readable_bytes(plan.disk_bytes)}")
-    _table(console, "parameters", [{"key": k, "value": v} for k, v in plan.parameters.items()])
-    _table(console, "details", list(plan.rows[:max_rows]))
-    if len(plan.rows) > max_rows:
-        console.print(f"... and {len(plan.rows) - max_rows} more rows (all of them with --json)")
+    _table(console, "parameters", [{"key": k, "value": _flow(v)} for k, v in plan.parameters.items()])
+    joined = by_layers(plan.rows) if plan.rows and "tensor" in plan.rows[0] else list(plan.rows)
+    constant = _constant(joined)
+    if constant:
+        console.print("for all rows: " + "; ".join(f"{k} {v}" for k, v in constant.items() if v != ""), markup=False)
+    rows = [{k: v for k, v in row.items() if k not in constant} for row in joined[:max_rows]]
+    _table(console, "details", rows, whole=("tensor",))
+    if len(joined) > max_rows:
+        console.print(f"... and {len(joined) - max_rows} more rows (all of them with --json)")
     for warning in plan.warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}", markup=True)
+
+
+def _flow(value: Any) -> Any:
+    """Nested settings as one line of YAML."""
+    if not isinstance(value, (list, dict)):
+        return value
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()
+
+
+def _constant(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is the same in all rows of a long table."""
+    if len(rows) < 3:
+        return {}
+    return {k: v for k, v in rows[0].items() if all(row.get(k) == v for row in rows)}
 
 
 def _known_bytes(count: float | None) -> str:
@@ -154,7 +185,8 @@ def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _known_bytes(v) if k in ("bytes", "download_bytes") else v for k, v in row.items()}
 
 
-def _table(console: Any, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+def _table(console: Any, title: str, rows: Sequence[Mapping[str, Any]], *, whole: Sequence[str] = ()) -> None:
+    """A table; names in the columns `whole` are never cut."""
     from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text
@@ -162,7 +194,10 @@ def _table(console: Any, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         return
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(*columns, title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for column in columns:
+        longest = max((len(str(row.get(column, ""))) for row in rows), default=0) if column in whole else None
+        table.add_column(column, overflow="fold", min_width=None if longest is None else min(longest, 72))
     for row in rows:
         table.add_row(*(Text("" if row.get(c) is None else str(row.get(c))) for c in columns))
     console.print(table)
@@ -170,11 +205,16 @@ def _table(console: Any, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table on stdout."""
-    _table(stdout_console(), title, [_rounded(r) for r in rows])
+    _table(stdout_console(), title, [_rounded(r) for r in rows], whole=("name", "kind"))
+
+
+def print_models(rows: Sequence[Mapping[str, Any]]) -> None:
+    """What models are: sizes readable."""
+    _table(stdout_console(), "models", [{**_readable(r), "parameters": f"{r['parameters']:,}"} for r in rows])
 
 
 def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+    return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
 
 
 def print_run_plan(planned: Sequence[Any], total: Mapping[str, int], out: Any) -> None:

@@ -1,9 +1,10 @@
 """What the commands that only read would read: `--dry-run` of gate, inspect, diff and verify."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from solera.diffing import open_all
 from solera.rebuild import plan_rebuild
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
@@ -41,18 +42,25 @@ def plan_inspect(model: str, ctx: Context) -> Plan:
     return _plan("inspect", [{**row, "headers only": Path(row["path"]) in files} for row in reads], 0, {"model": model})
 
 
-def plan_diff(a: str, b: str, ctx: Context) -> Plan:
-    """Both models, every tensor of which is read.
+def plan_diff(refs: Sequence[str], ctx: Context) -> Plan:
+    """The base and the models, every tensor of which is read.
 
     Raises:
-        CheckpointError: as `open_checkpoint`.
+        CheckpointError: as `open_checkpoint`, of every model.
     """
     reads: list[dict[str, Any]] = []
-    for ref in (a, b):
-        checkpoint = open_checkpoint(ref, ctx)
+    for checkpoint in open_all(refs, ctx):
         size = sum(info.nbytes for info in checkpoint.tensors.values())
-        reads.append({"what": ref, "path": str(checkpoint.path), "bytes": size, "tensors": len(checkpoint.tensors)})
-    return _plan("diff", reads, _BLOCKS_BYTES, {"a": a, "b": b})
+        reads.append(
+            {
+                "what": checkpoint.ref,
+                "path": str(checkpoint.path),
+                "bytes": size,
+                "download_bytes": checkpoint.missing_bytes,
+                "tensors": len(checkpoint.tensors),
+            }
+        )
+    return _plan("diff", reads, _BLOCKS_BYTES, {"base": refs[0], "models": list(refs[1:])})
 
 
 def plan_verify(directory: Path, ctx: Context, *, rebuild: bool) -> Plan:

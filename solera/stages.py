@@ -16,7 +16,17 @@ from solera_core.errors import ConfigError
 from solera_core.plan import Plan
 from solera_core.strict import Strict, did_you_mean, load_yaml, parse
 
-__all__ = ["KINDS", "References", "Stage", "parse_stage", "plan_stage", "read_stage", "run_stage", "stage_config"]
+__all__ = [
+    "KINDS",
+    "References",
+    "Stage",
+    "all_problems",
+    "parse_stage",
+    "plan_stage",
+    "read_stage",
+    "run_stage",
+    "stage_config",
+]
 
 KINDS = ("init", "tune", "merge", "moe", "distill", "eval", "publish")
 
@@ -110,6 +120,27 @@ def read_stage(kind: str, file: Path) -> tuple[Strict, Path]:
         settings = settings[kind]
     here = kind == "merge" or (kind == "moe" and isinstance(settings, Mapping) and "base_model" in settings)
     return parse(stage_config(kind), settings, where=str(file)), Path() if here else file.parent
+
+
+def all_problems(kind: str, file: Path, found: ConfigError, ctx: Context) -> ConfigError:
+    """What is wrong with the settings of a merge, and with its models as far as that can be said all the same.
+
+    Args:
+        kind: of the stage; others than a merge are left as they are.
+        file: of the settings, which `read_stage` refused.
+        found: its error.
+        ctx: where the models are looked for.
+    """
+    if kind != "merge":
+        return found
+    try:
+        settings = load_yaml(file)
+    except ConfigError:
+        return found
+    from solera_merge.examine import examine
+
+    settings = settings[kind] if isinstance(settings, Mapping) and set(settings) == {kind} else settings
+    return ConfigError("\n".join(dict.fromkeys([*str(found).splitlines(), *examine(settings, ctx)])))
 
 
 def plan_stage(kind: str, config: Strict, ctx: Context) -> Plan:

@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["Node", "Point", "dominated", "lineage_list", "lineage_wide", "scatter", "shorten"]
+from solera.drawing import GREY, INK, LINE, MUTED, drawing, element, label, shorten, text_width
 
-_INK, _MUTED, _LINE, _GREY = "#1d2327", "#5b6670", "#d5dade", "#9aa4ad"
+__all__ = ["Node", "Point", "dominated", "lineage_list", "lineage_wide", "scatter"]
+
 _ACCENT = "#1f5f8b"
 _KIND_COLOURS = {
     "given": "#8a939b",
@@ -70,54 +71,6 @@ class _Box:
         )
 
 
-def shorten(text: str, length: int) -> str:
-    """At most `length` characters, the middle left out."""
-    if len(text) <= length:
-        return text
-    head = (length - 1) * 2 // 3
-    return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
-
-
-def _text_width(text: str, size: float) -> float:
-    wide = sum(1.9 if ord(c) > 0x2E80 else 1.3 if c in "MWmw@%" else 1.0 for c in text)
-    return 0.57 * size * wide
-
-
-def _element(name: str, content: str = "", **attributes: str | float) -> str:
-    """One element; `content` is already markup, attribute values are escaped here."""
-    written = ""
-    for key, value in attributes.items():
-        text = f"{value:.1f}" if isinstance(value, float) else html.escape(str(value))
-        written += f' {key.rstrip("_").replace("_", "-")}="{text}"'
-    return f"<{name}{written}>{content}</{name}>"
-
-
-def _label(
-    x: float,
-    y: float,
-    text: str,
-    *,
-    size: float = 12,
-    anchor: str = "start",
-    fill: str = _INK,
-    bold: bool = False,
-    halo: bool = False,
-) -> str:
-    extra = ({"font_weight": "600"} if bold else {}) | ({"class_": "halo"} if halo else {})
-    return _element("text", html.escape(text), x=x, y=y, font_size=size, text_anchor=anchor, fill=fill, **extra)
-
-
-def _drawing(width: float, height: float, title: str, parts: Sequence[str], *, css_class: str) -> str:
-    return _element(
-        "svg",
-        _element("title", html.escape(title)) + "".join(parts),
-        viewBox=f"0 0 {width:.0f} {height:.0f}",
-        style=f"width:100%;max-width:{width:.0f}px;min-width:{min(width, max(320, 0.72 * width)):.0f}px",
-        role="img",
-        class_=css_class,
-    )
-
-
 # quality against size ---------------------------------------------------------------------------------------------
 
 
@@ -164,21 +117,21 @@ def scatter(
         *((frame.top + 16, frame.bottom - 16) if lower_is_better else (frame.bottom - 16, frame.top + 16)),
         share=not lower_is_better,
     )
-    parts = [_label(4, 16, f"{y_title} (up is better)", fill=_MUTED)]
+    parts = [label(4, 16, f"{y_title} (up is better)", fill=MUTED)]
     for value in down.ticks(5):
         y = down.at(value)
-        parts.append(_element("line", x1=frame.left, x2=frame.right, y1=y, y2=y, stroke=_LINE))
-        parts.append(_label(frame.left - 6, y + 4, _tick_text(format_y(value)), size=11, anchor="end", fill=_MUTED))
+        parts.append(element("line", x1=frame.left, x2=frame.right, y1=y, y2=y, stroke=LINE))
+        parts.append(label(frame.left - 6, y + 4, _tick_text(format_y(value)), size=11, anchor="end", fill=MUTED))
     tick_right = -math.inf
     for value in across.ticks(max(3, width // 130)):
         x, text = across.at(value), _tick_text(format_x(value))
-        if x - _text_width(text, 11) / 2 < tick_right + 8:
+        if x - text_width(text, 11) / 2 < tick_right + 8:
             continue
-        tick_right = x + _text_width(text, 11) / 2
-        parts.append(_element("line", x1=x, x2=x, y1=frame.bottom, y2=frame.bottom + 5, stroke=_GREY))
-        parts.append(_label(x, frame.bottom + 18, text, size=11, anchor="middle", fill=_MUTED))
-    parts.append(_element("line", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom, stroke=_GREY))
-    parts.append(_label(frame.right, height - 6, f"{x_title} (left is smaller)", anchor="end", fill=_MUTED))
+        tick_right = x + text_width(text, 11) / 2
+        parts.append(element("line", x1=x, x2=x, y1=frame.bottom, y2=frame.bottom + 5, stroke=GREY))
+        parts.append(label(x, frame.bottom + 18, text, size=11, anchor="middle", fill=MUTED))
+    parts.append(element("line", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom, stroke=GREY))
+    parts.append(label(frame.right, height - 6, f"{x_title} (left is smaller)", anchor="end", fill=MUTED))
 
     places = {p.name: (across.at(p.x), down.at(p.y)) for p in points}
     obstacles = [_Box(x - 6, y - 6, x + 6, y + 6) for x, y in places.values()]
@@ -191,24 +144,24 @@ def scatter(
             f"H{across.at(p.x):.1f}V{down.at(p.y):.1f}" for p in front[1:]
         )
         parts.append(
-            _element(
+            element(
                 "path", d=steps, fill="none", stroke=_ACCENT, stroke_width="1.5", stroke_dasharray="4 4", opacity="0.6"
             )
         )
     for p in sorted(points, key=lambda p: not p.dominated):  # the front is drawn last, on top
         x, y = places[p.name]
-        colour = _GREY if p.dominated else _ACCENT
+        colour = GREY if p.dominated else _ACCENT
         if p.low is not None and p.high is not None:
             ends = sorted((down.at(p.low), down.at(p.high)))
-            parts += [_element("line", x1=x, x2=x, y1=ends[0], y2=ends[1], stroke=colour, stroke_width="1.5")]
+            parts += [element("line", x1=x, x2=x, y1=ends[0], y2=ends[1], stroke=colour, stroke_width="1.5")]
             parts += [
-                _element("line", x1=x - 4, x2=x + 4, y1=end, y2=end, stroke=colour, stroke_width="1.5") for end in ends
+                element("line", x1=x - 4, x2=x + 4, y1=end, y2=end, stroke=colour, stroke_width="1.5") for end in ends
             ]
             obstacles.append(_Box(x - 3, ends[0], x + 3, ends[1]))
         interval = "" if p.low is None or p.high is None else f" ({format_y(p.low)} to {format_y(p.high)})"
-        tip = _element("title", html.escape(f"{p.name}: {format_y(p.y)}{interval} at {format_x(p.x)}"))
+        tip = element("title", html.escape(f"{p.name}: {format_y(p.y)}{interval} at {format_x(p.x)}"))
         parts.append(
-            _element(
+            element(
                 "circle",
                 tip,
                 cx=x,
@@ -220,7 +173,7 @@ def scatter(
             )
         )
     parts += _place_labels(points, places, obstacles, frame, limit=30 if width > 600 else 20)
-    return _drawing(width, height, f"{y_title} against {x_title}", parts, css_class=css_class)
+    return drawing(width, height, f"{y_title} against {x_title}", parts, css_class=css_class)
 
 
 def _tick_text(text: str) -> str:
@@ -245,7 +198,7 @@ def _place_labels(
     for p in sorted(points, key=lambda p: p.dominated):
         x, y = places[p.name]
         text = shorten(p.name, limit)
-        width = _text_width(text, size) * (1.0 if p.dominated else 1.08)  # bold is wider
+        width = text_width(text, size) * (1.0 if p.dominated else 1.08)  # bold is wider
         best: tuple[float, _Box] | None = None
         for reach in (12, 18, 28, 40, 54, 70, 90, 112, 138, 168, 200):
             for dx, dy in _DIRECTIONS:
@@ -263,11 +216,11 @@ def _place_labels(
         end_x = min(max(x, box.left), box.right)
         end_y = min(max(y, box.top + 3), box.bottom - 3)
         if math.hypot(end_x - x, end_y - y) > 18:
-            parts.append(_element("line", x1=x, y1=y, x2=end_x, y2=end_y, stroke=_GREY, stroke_width="0.8"))
-        fill = _MUTED if p.dominated else _INK
+            parts.append(element("line", x1=x, y1=y, x2=end_x, y2=end_y, stroke=GREY, stroke_width="0.8"))
+        fill = MUTED if p.dominated else INK
         middle = (box.left + box.right) / 2
         parts.append(
-            _label(
+            label(
                 middle,
                 (box.top + box.bottom) / 2 + 4,
                 text,
@@ -360,7 +313,7 @@ def lineage_wide(nodes: Sequence[Node], *, css_class: str = "") -> str:
     parts = [_edge(chain, known, layer_of, lefts, widths, middles, top) for chain in chains]
     for name, node in known.items():
         parts.append(_node(node, lefts[layer_of[name]], middles[name] - top + 8 - _NODE_HEIGHT / 2, _node_width(node)))
-    return _drawing(total_width, bottom - top + 16, "lineage of the stages", parts, css_class=css_class)
+    return drawing(total_width, bottom - top + 16, "lineage of the stages", parts, css_class=css_class)
 
 
 def lineage_list(nodes: Sequence[Node], *, width: int, css_class: str = "") -> str:
@@ -378,21 +331,21 @@ def lineage_list(nodes: Sequence[Node], *, width: int, css_class: str = "") -> s
             reach = gutter - 12 - (gutter - 26) * (row[node.name] - row[source]) / longest
             bend = gutter - (gutter - reach) * 4 / 3
             parts.append(
-                _element(
+                element(
                     "path",
                     d=f"M{gutter},{start:.1f}C{bend:.1f},{start:.1f} {bend:.1f},{end:.1f} {gutter - 5},{end:.1f}",
                     fill="none",
-                    stroke=_GREY,
+                    stroke=GREY,
                     stroke_width="1.2",
                 )
             )
             parts.append(_arrow_head(gutter, end))
     parts += [_node(known[name], gutter, 8 + row[name] * step, width - gutter - 8, name_length=28) for name in ordered]
-    return _drawing(width, 16 + len(ordered) * step - 16, "lineage of the stages", parts, css_class=css_class)
+    return drawing(width, 16 + len(ordered) * step - 16, "lineage of the stages", parts, css_class=css_class)
 
 
 def _node_width(node: Node) -> float:
-    return max(_text_width(shorten(node.name, 26), 13), _text_width(shorten(_second_line(node), 34), 11)) + 26
+    return max(text_width(shorten(node.name, 26), 13), text_width(shorten(_second_line(node), 34), 11)) + 26
 
 
 def _second_line(node: Node) -> str:
@@ -400,15 +353,15 @@ def _second_line(node: Node) -> str:
 
 
 def _node(node: Node, left: float, top: float, width: float, *, name_length: int = 26) -> str:
-    colour = _KIND_COLOURS.get(node.kind, _MUTED)
-    tip = _element("title", html.escape(f"{node.name}: {_second_line(node)}"))
-    return _element(
+    colour = _KIND_COLOURS.get(node.kind, MUTED)
+    tip = element("title", html.escape(f"{node.name}: {_second_line(node)}"))
+    return element(
         "g",
         tip
-        + _element("rect", x=left, y=top, width=width, height=_NODE_HEIGHT, rx="4", fill="#ffffff", stroke=_LINE)
-        + _element("rect", x=left, y=top, width="5", height=_NODE_HEIGHT, rx="2", fill=colour)
-        + _label(left + 14, top + 18, shorten(node.name, name_length), size=13, bold=True)
-        + _label(left + 14, top + 33, shorten(_second_line(node), 34), size=11, fill=_MUTED),
+        + element("rect", x=left, y=top, width=width, height=_NODE_HEIGHT, rx="4", fill="#ffffff", stroke=LINE)
+        + element("rect", x=left, y=top, width="5", height=_NODE_HEIGHT, rx="2", fill=colour)
+        + label(left + 14, top + 18, shorten(node.name, name_length), size=13, bold=True)
+        + label(left + 14, top + 33, shorten(_second_line(node), 34), size=11, fill=MUTED),
     )
 
 
@@ -435,12 +388,12 @@ def _edge(
         half = (x + next_x) / 2
         path += f"C{half:.1f},{y:.1f} {half:.1f},{next_y:.1f} {next_x:.1f},{next_y:.1f}"
         x, y = next_x, next_y
-    line = _element("path", d=path, fill="none", stroke=_GREY, stroke_width="1.2")
+    line = element("path", d=path, fill="none", stroke=GREY, stroke_width="1.2")
     return line + _arrow_head(x + 5, y)
 
 
 def _arrow_head(x: float, y: float) -> str:
-    return _element("path", d=f"M{x:.1f},{y:.1f}l-7,-3.5v7z", fill=_GREY)
+    return element("path", d=f"M{x:.1f},{y:.1f}l-7,-3.5v7z", fill=GREY)
 
 
 def _layers(nodes: Sequence[Node]) -> list[list[str]]:

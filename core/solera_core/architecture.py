@@ -8,6 +8,8 @@ __all__ = [
     "EMBEDDING",
     "HEAD",
     "experts_per_token",
+    "fused_experts",
+    "has_tokens_beyond_vocabulary",
     "is_embedding",
     "is_head",
     "layer_of",
@@ -19,10 +21,12 @@ __all__ = [
     "vocab_size",
 ]
 
-EMBEDDING: Final = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
+EMBEDDING: Final = re.compile(
+    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|token_embedding|embeddings|shared)\.weight$"
+)
 """Names of the input embedding, rows = vocabulary."""
 
-HEAD: Final = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$|^output\.weight$")
+HEAD: Final = re.compile(r"(^|\.)(lm_head|embed_out|proj_out)\.weight$|^output\.weight$")
 """Names of the output head, rows = vocabulary."""
 
 _LAYER: Final = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|h|blocks|block))\.(?P<index>\d+)\.")
@@ -60,9 +64,31 @@ def experts_per_token(config: Mapping[str, Any]) -> int | None:
     return _first(config, _TOP_K_KEYS)
 
 
+def fused_experts(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> int:
+    """Number of experts whose tensors of one kind are stored as one, along its first axis; 1: it is one tensor.
+
+    So are those of gpt-oss and Llama 4 (`experts.gate_up_proj` and its bias) and GraniteMoe
+    (`block_sparse_moe.input_linear.weight`); with `experts.0.` in the name it is one expert's.
+    """
+    count = num_experts(config)
+    if count is None or count < 2 or len(shape) < 2 or shape[0] != count:
+        return 1
+    named = re.search(r"\.experts\.(?!\d)", name) is not None
+    return count if named or (len(shape) == 3 and shape[1] > 1 and "moe" in name) else 1
+
+
 def vocab_size(config: Mapping[str, Any]) -> int | None:
     """Rows of the embedding by the config."""
     return _first(config, ("vocab_size",))
+
+
+def has_tokens_beyond_vocabulary(config: Mapping[str, Any]) -> bool:
+    """Whether the config names a token with an id of vocab_size or more (Mllama's image token): then the embedding has
+    more rows than vocab_size says, and the head has not.
+    """
+    size = vocab_size(config)
+    ids = (value for key, value in config.items() if re.search(r"_token_(index|id)$", key))
+    return size is not None and any(isinstance(i, int) and i >= size for i in ids)
 
 
 def layer_of(name: str) -> tuple[str, int] | None:

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from solera_core.architecture import (
     experts_per_token,
     is_embedding,
@@ -23,6 +21,7 @@ from solera_core.architecture import (
 from solera_core.checkpoint import Checkpoint
 from solera_core.digest import file_sha256
 from solera_core.errors import CheckpointError
+from solera_core.licence import read_licence
 from solera_core.provenance import FILE_NAME, read_provenance
 
 __all__ = ["ParameterCount", "describe", "parameter_count"]
@@ -85,6 +84,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     config = checkpoint.config
     inner = text_config(config)
+    licence = read_licence(checkpoint.ref, checkpoint.path)
     stacks = Counter(found[0] for found in set(map(layer_of, checkpoint.tensors)) if found)
     return {
         "ref": checkpoint.ref,
@@ -106,7 +106,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtypes": dict(sorted(Counter(info.dtype for info in checkpoint.tensors.values()).items())),
         "parameters": asdict(parameter_count(checkpoint)),
         "tokenizer": _tokenizer(checkpoint),
-        "licence": _licence(checkpoint.path),
+        "licence": None if licence.id is None else licence.label,
         "provenance": _provenance(checkpoint.path),
     }
 
@@ -134,21 +134,6 @@ def _json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{file}: cannot be read as JSON: {e}") from e
     return content if isinstance(content, dict) else {}
-
-
-def _licence(directory: Path) -> str | None:
-    """The `license` of the model card, with its name where it is `other`."""
-    card = directory / "README.md"
-    if not card.exists():
-        return None
-    match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    try:
-        header = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
-        return None
-    if not isinstance(header, dict) or not isinstance(licence := header.get("license"), str):
-        return None
-    return str(header.get("license_name", licence)) if licence == "other" else licence
 
 
 def _provenance(directory: Path) -> dict[str, Any] | None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from solera_core.architecture import (
+    has_tokens_beyond_vocabulary,
     is_embedding,
     is_head,
-    layer_of,
     num_layers,
     text_config,
     ties_embeddings,
@@ -23,6 +23,7 @@ from solera_core.provenance import InputRecord, data_record, input_record, verif
 from solera_core.reload_check import require_exact
 from solera_core.shards import find_weights, read_headers
 from solera_core.sidecars import copy_sidecars
+from solera_core.towers import count_keys, layer_count, tower_config, towers_of
 
 __all__ = [
     "InputRecord",
@@ -35,11 +36,15 @@ __all__ = [
 ]
 
 
-def write_metadata(directory: Path, *, config: Mapping[str, Any], sidecars: Iterable[Path]) -> None:
-    """Write config.json (sorted keys, as transformers does) and copy the sidecar files byte for byte."""
+def write_metadata(
+    directory: Path, *, config: Mapping[str, Any], sidecars: Iterable[Path], files: Mapping[str, bytes] | None = None
+) -> None:
+    """Write config.json (sorted keys, as transformers does) and `files`; copy the sidecar files byte for byte."""
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
     copy_sidecars(sidecars, directory)
+    for name, content in (files or {}).items():
+        (directory / name).write_bytes(content)
 
 
 def check_output(directory: Path, *, reload: bool = True, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -78,23 +83,23 @@ def check_output(directory: Path, *, reload: bool = True, trust_remote_code: boo
 
 def _check_layers(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> int | None:
     expected = num_layers(config)
-    stacks: dict[str, set[int]] = {}
-    for name in tensors:
-        if (found := layer_of(name)) is not None:
-            stacks.setdefault(found[0], set()).add(found[1])
-    if expected is None:
-        return None
     # Models with multi-token prediction store those blocks behind the counted layers.
     extra = text_config(config).get("num_nextn_predict_layers") or 0
-    for stack, indices in stacks.items():
-        present = set(range(expected))
-        if not present <= indices or not indices <= set(range(expected + extra)):
-            wrong = sorted((present - indices) or (indices - present))
+    for tower in towers_of(tensors):
+        stated = layer_count(config, tower)
+        numbers = {stack: _numbers(stack, tower.tensors) for stack in tower.stacks}
+        if stated is None or any(_numbered(found, stated, extra) for found in numbers.values()):
+            continue
+        for stack, found in numbers.items():
+            counted, present = count_keys(tower_config(config, tower), tower)[0], set(range(stated))
+            wrong = sorted((present - found) or (found - present))
             raise VerificationError(
-                f"{directory}: config.json says num_hidden_layers {expected}, but the weights hold {len(indices)} "
-                f"layers under {stack} (0 to {max(indices)}); "
-                f"{'absent' if present - indices else 'too many'}: {wrong[:8]}"
+                f"{directory}: config.json says {counted} {stated}, but the weights hold {len(found)} "
+                f"layers under {stack} (0 to {max(found)}); "
+                f"{'absent' if present - found else 'too many'}: {wrong[:8]}"
             )
+    if expected is None:
+        return None
     for key, value in text_config(config).items():
         if key in ("layer_types", "mlp_layer_types") and isinstance(value, list) and len(value) != expected:
             raise VerificationError(
@@ -103,10 +108,21 @@ def _check_layers(directory: Path, config: Mapping[str, Any], tensors: Mapping[s
     return expected
 
 
+def _numbers(stack: str, names: Iterable[str]) -> set[int]:
+    return {int(name[len(stack) + 1 :].split(".")[0]) for name in names if name.startswith(f"{stack}.")}
+
+
+def _numbered(found: set[int], stated: int, extra: int) -> bool:
+    return set(range(stated)) <= found <= set(range(stated + extra))
+
+
 def _check_vocabulary(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> int | None:
     expected = vocab_size(config)
+    more = has_tokens_beyond_vocabulary(config)
     for name, info in tensors.items():
-        if (is_embedding(name) or is_head(name)) and expected is not None and info.shape and info.shape[0] != expected:
+        if not (is_embedding(name) or is_head(name)) or expected is None or not info.shape:
+            continue
+        if info.shape[0] != expected and not (more and is_embedding(name) and info.shape[0] > expected):
             raise VerificationError(
                 f"{directory}: config.json says vocab_size {expected}, but tensor {name!r} has shape {info.shape}"
             )

@@ -3,6 +3,7 @@
 Nothing behind this file reads raw YAML or guesses at keys.
 """
 
+import copy
 import difflib
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from solera_core.errors import ConfigError
 
-__all__ = ["Strict", "did_you_mean", "load_yaml", "parse"]
+__all__ = ["Strict", "did_you_mean", "load_yaml", "parse", "without_unknown_keys"]
 
 
 class Strict(BaseModel):
@@ -82,22 +83,48 @@ def parse(model: type[ModelT], data: Any, *, where: str) -> ModelT:
     try:
         return model.model_validate(data)
     except ValidationError as e:
-        lines: list[str] = []
-        # Unknown keys first: a misspelt key also leaves another missing, and it is the typo that must be mended.
-        for error in sorted(e.errors(), key=lambda error: error["type"] != "extra_forbidden"):
-            location = ".".join(str(part) for part in error["loc"])
-            if error["type"] == "extra_forbidden":
-                owner = _model_at(model, error["loc"][:-1])
-                known = _keys(owner) if owner is not None else ()
-                lines.append(f"{location}: unknown key{did_you_mean(str(error['loc'][-1]), known)}")
-            elif error["type"] in ("union_tag_invalid", "union_tag_not_found"):
-                lines.append(f"{location}.{_tag_problem(error.get('ctx', {}))}")
-            elif error["type"] == "value_error":
-                lines.append(f"{location + ': ' if location else ''}{error.get('ctx', {}).get('error', error['msg'])}")
-            else:
-                given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
-                lines.append(f"{location}: {error['msg'].lower()}{given}")
-        raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from e
+        lines = _lines(model, e)
+        try:  # what else is wrong: pydantic does not look at a mapping as a whole that holds an unknown key
+            model.model_validate(without_unknown_keys(data, e))
+        except ValidationError as more:
+            lines += _lines(model, more)
+        text = "\n".join(f"{where}: {line}" for message in lines for line in message.splitlines())
+        raise ConfigError("\n".join(dict.fromkeys(text.splitlines()))) from e
+
+
+def without_unknown_keys(data: Any, error: ValidationError) -> Any:
+    """A copy of `data` without the keys that `error` calls unknown."""
+    changed = copy.deepcopy(data)
+    for found in error.errors():
+        if found["type"] != "extra_forbidden":
+            continue
+        owner: Any = changed
+        try:
+            for part in found["loc"][:-1]:
+                owner = owner[part]
+            del owner[found["loc"][-1]]
+        except (KeyError, IndexError, TypeError):  # inside a union, whose tag is part of the location
+            continue
+    return changed
+
+
+def _lines(model: type[BaseModel], e: ValidationError) -> list[str]:
+    lines: list[str] = []
+    # Unknown keys first: a misspelt key also leaves another missing, and it is the typo that must be mended.
+    for error in sorted(e.errors(), key=lambda error: error["type"] != "extra_forbidden"):
+        location = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            owner = _model_at(model, error["loc"][:-1])
+            known = _keys(owner) if owner is not None else ()
+            lines.append(f"{location}: unknown key{did_you_mean(str(error['loc'][-1]), known)}")
+        elif error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            lines.append(f"{location}.{_tag_problem(error.get('ctx', {}))}")
+        elif error["type"] == "value_error":
+            lines.append(f"{location + ': ' if location else ''}{error.get('ctx', {}).get('error', error['msg'])}")
+        else:
+            given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
+            lines.append(f"{location}: {error['msg'].lower()}{given}")
+    return lines
 
 
 def _tag_problem(context: Mapping[str, Any]) -> str:

@@ -81,14 +81,16 @@ def as_mergekit(
         raise ConfigError(f"compat: mergekit's bytes are those of its CPU run; leave out the device {ctx.device!r}")
     from mergekit.merge_methods import registered_methods
 
+    if config.towers is not None or len(config.methods) > 1:
+        raise ConfigError("compat: mergekit has neither towers nor several methods in one merge; leave compat out")
     theirs = {method.spec.name: method.spec for method in registered_methods()}
-    name = config.merge_method
+    name = config.methods[0].name
     if name not in theirs:
         raise ConfigError(
             f"merge_method: mergekit {mergekit_versions()['mergekit']} has no {name!r}, so there are no bytes of its "
             "to reproduce; leave compat out"
         )
-    if config.tokenizer_source is not None:
+    if config.wanted_tokenizer is not None:
         problems.config(
             "tokenizer_source: mergekit rebuilds the embeddings where one is given, which compat does not reproduce; "
             "leave one of the two out"

@@ -1,6 +1,7 @@
 """How far every tensor of a merge has moved, and which ones stand out."""
 
 import math
+import re
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from solera_core.architecture import layer_of
-
 __all__ = ["drift_report", "outliers", "relative"]
 
 _FACTOR = 4.0  # a tensor that moved that much more than its like in the other layers stands out
+_NUMBER = re.compile(r"\.\d+\.")
 _LIKE = 4  # layers needed to say what is usual
 
 
@@ -61,5 +61,5 @@ def outliers(drifts: Mapping[str, float]) -> dict[str, str]:
 
 
 def _kind(name: str) -> str:
-    place = layer_of(name)
-    return name if place is None else name.removeprefix(f"{place[0]}.{place[1]}.")
+    """The name with the number of its layer left out."""
+    return _NUMBER.sub(".", name, 1)

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from solera_core.checkpoint import Checkpoint
 from solera_core.dtypes import ITEM_BYTES
@@ -155,38 +156,51 @@ def merge_tensor(
     if tensor.method == COPY:
         _copy(tensor, checkpoints, writer, advance, block_elements)
         return
-    if finding is None and _is_plain(tensor, checkpoints):
-        _merge_raw(tensor, checkpoints, writer, advance, block_elements, device)
+    drift = np.zeros(2)
+    if finding is not None:  # over the whole model: what is fused makes no difference
+        _merge_blocks(tensor, 0, checkpoints, writer, advance, finding, block_elements, drift)
         return
-    _merge_blocks(tensor, checkpoints, writer, advance, finding, block_elements)
+    raw = _is_plain(tensor, checkpoints)
+    begin = 0
+    for piece in tensor.pieces:
+        if raw:
+            _merge_raw(piece, begin, checkpoints, writer, advance, block_elements, device, drift)
+        else:
+            _merge_blocks(piece, begin, checkpoints, writer, advance, None, block_elements, drift)
+        begin += piece.spec.size
 
 
 def _merge_blocks(
     tensor: TensorPlan,
+    begin: int,
     checkpoints: Sequence[Checkpoint],
     writer: CheckpointWriter,
     advance: Callable[[int], None],
     finding: Any,
     block_elements: int,
+    drift: npt.NDArray[np.float64],
     first: int = 0,
 ) -> None:
-    """Through the readable formula, from the block that begins at `first` on."""
+    """Through the readable formula, from the block that begins at `first` on.
+
+    `begin` is where the tensor begins in what is stored and written; `drift` is added to.
+    """
     from solera_merge.kernels.drift import add_drift_of_block
 
-    streamed = StreamedTensor(tensor, checkpoints, block_elements, advance)
+    streamed = StreamedTensor(tensor, checkpoints, block_elements, advance, begin)
     method = METHODS[tensor.method]
     keywords = method.keywords(tensor.parameters)
-    item_bytes = sum(checkpoints[s.model].tensors[s.name].nbytes for s in tensor.sources) / max(streamed.size, 1)
+    infos = [checkpoints[s.model].tensors[s.name] for s in tensor.sources]
+    item_bytes = sum(info.nbytes / max(info.size, 1) for info in infos)
     # An overflow is no warning here: the writer refuses what is not finite, by name.
     with np.errstate(over="ignore", invalid="ignore"):
         formula = method.function(streamed, *([] if method.survey is None else [finding]), **keywords)
-        drift = np.zeros(2)
         for block in streamed.blocks(method.unit_of(tensor.name, tensor.shape)):
             merged = formula(block)
             add_drift_of_block(merged, block.models[0] if block.base is None else block.base, drift)
             if block.start >= first:
                 writer.annotate(tensor.name, relative(drift))
-                _write(writer, tensor, block.start, merged)
+                _write(writer, tensor, begin + block.start, merged)
                 advance(round(item_bytes * block.models[0].size))
 
 
@@ -235,37 +249,42 @@ def _is_plain(tensor: TensorPlan, checkpoints: Sequence[Checkpoint]) -> bool:
 
 def _merge_raw(
     tensor: TensorPlan,
+    begin: int,
     checkpoints: Sequence[Checkpoint],
     writer: CheckpointWriter,
     advance: Callable[[int], None],
     block_elements: int,
     device: "Device | None",
+    drift: npt.NDArray[np.float64],
 ) -> None:
-    """Through a twin of the formula, compiled or on a device: the same bits, sooner."""
+    """Through a twin of the formula, compiled or on a device: the same bits, sooner. `begin` as for `_merge_blocks`."""
     from solera_merge.fused import NotFiniteError, merged_blocks
 
     method = METHODS[tensor.method]
     keywords = method.keywords(tensor.parameters)
     if device is not None and device.has(tensor.method):
         twin = device.merged_blocks
-        stream = RawStream(tensor, checkpoints, device.block_elements, advance, buffers=2, buffer=device.buffer)
+        stream = RawStream(
+            tensor, checkpoints, device.block_elements, advance, buffers=2, buffer=device.buffer, begin=begin
+        )
     else:
         twin = merged_blocks
-        stream = RawStream(tensor, checkpoints, block_elements, advance)
+        stream = RawStream(tensor, checkpoints, block_elements, advance, begin=begin)
+    before = drift.copy()
     with stream as raw:
-        drift = np.zeros(2)
         start = 0
         try:
             for block, out in twin(tensor.method, raw, tensor.dtype, keywords, drift):
                 writer.annotate(tensor.name, relative(drift))
-                writer.write_raw(tensor.name, block.start, out, checked=True)
+                writer.write_raw(tensor.name, begin + block.start, out, checked=True)
                 raw.advance(block)
                 start = block.start + block.n
             return
         except NotFiniteError:
             pass
     # Something is not finite: the readable formula meets it again and says what and where.
-    _merge_blocks(tensor, checkpoints, writer, advance, None, block_elements, first=start)
+    drift[:] = before
+    _merge_blocks(tensor, begin, checkpoints, writer, advance, None, block_elements, drift, first=start)
 
 
 def _copy(

@@ -1,7 +1,8 @@
-"""The models of a recipe: opened once each, and compared by what config and tokenizer say."""
+"""The models of a recipe: opened once each, named alike, and compared by what config and tokenizer say."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,16 @@ from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError, InputError
 from solera_core.hub import split_adapter
-from solera_merge.config import MergeConfig
+from solera_core.towers import Tower, find_tower, stacks_of, tower_config, towers_of
+from solera_merge.alignment import align, counterpart, fill
+from solera_merge.config import MergeConfig, OutputModule
 from solera_merge.problems import Problems
 from solera_merge.vocabulary import conflicting_ids
 
-__all__ = ["Models", "compare", "open_models"]
+__all__ = ["Models", "compare", "family_of", "open_models"]
 
-# Keys that change what a weight means although its shape stays the same.
-_STRUCTURAL = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "hidden_activation",
-    "activation_function",
-)
+# Keys that change what a weight means although its shape stays the same: numbers and sizes of heads, activations.
+_STRUCTURAL = re.compile(r".*head.*|d_kv|(.*_)?(act|activation)(_fn|_function)?")
 # Keys that fix the shapes of every layer. (Of one and the same layer, the shapes themselves are compared.)
 _SIZES = ("hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner")
 # Keys that say nothing about the weights, or that are compared elsewhere.
@@ -43,7 +39,8 @@ _INDIFFERENT = {
     "transformers_version",
     "use_cache",
     "vocab_size",
-    *_STRUCTURAL,
+    "num_layers",
+    "num_decoder_layers",
     *_SIZES,
 }
 _OTHER_VOCABULARY = 0.1  # share of ids that mean another token from which on two tokenizers are simply different
@@ -54,29 +51,34 @@ class Models:
     """The distinct models of a recipe.
 
     Attributes:
-        checkpoints: one each, in order of appearance in the recipe, the base last where it is named only as such.
+        checkpoints: one each, in order of appearance in the recipe, the base last where it is named only as such. All
+            have the owner's names for their tensors, whatever layout they are stored in.
         index: position in `checkpoints` of every reference that the recipe uses.
         owner: position of the model whose config.json the output gets: the base, else the first.
+        towers: of every model.
+        fills: where a model is no whole model of the owner's kind: the owner's tower that it is, and the same in the
+            model itself.
+        inputs: as opened, under their own names and with their own vocabularies.
     """
 
     checkpoints: tuple[Checkpoint, ...]
     index: dict[str, int]
     owner: int
+    towers: tuple[tuple[Tower, ...], ...]
+    fills: tuple[tuple[Tower, Tower] | None, ...]
+    inputs: tuple[Checkpoint, ...]
 
     def ref(self, model: int) -> str:
         """How the recipe calls a model."""
         return self.checkpoints[model].ref
 
 
-def open_models(config: MergeConfig, ctx: Context) -> Models:
+def open_models(config: MergeConfig, ctx: Context, problems: Problems) -> Models:
     """Open every model that the recipe names; two references to one directory are one model.
 
-    The weights of models on the hub stay there until `Checkpoint.fetch`.
-
-    Raises:
-        InputError: one line for every model that cannot be opened or is quantised.
+    The weights of models on the hub stay there until `Checkpoint.fetch`. A model that cannot be opened or is quantised
+    is noted as a problem and left out.
     """
-    problems = Problems()
     checkpoints: list[Checkpoint] = []
     index: dict[str, int] = {}
     known: dict[tuple[Path, str | None], int] = {}
@@ -93,67 +95,134 @@ def open_models(config: MergeConfig, ctx: Context) -> Models:
             known[identity] = len(checkpoints)
             checkpoints.append(checkpoint)
         index[ref] = known[identity]
-    problems.raise_any()
-    return Models(tuple(checkpoints), index, index[config.base_model] if config.base_model is not None else 0)
+    return _named_alike(config, checkpoints, index, index.get(config.base_model or "", 0), problems)
 
 
-def compare(models: Models, *, whole: bool, same_tokenizer: bool) -> list[str]:
+def compare(models: Models, *, whole: bool, tokenizers: bool) -> list[str]:
     """Check that the models belong together, as far as configs and tokenizers tell; returns warnings.
 
     Args:
         models: as opened.
         whole: every model is merged over all its layers, so their number must agree.
-        same_tokenizer: the recipe chose a tokenizer, so that any token with another id elsewhere is an error.
+        tokenizers: equal ids must mean equal tokens, because the recipe asks for no tokenizer.
 
     Raises:
         CheckpointError: different architectures, heads, activation, tie flags, layer counts or vocabularies.
     """
     problems, warnings = Problems(), list[str]()
-    first = models.checkpoints[models.owner]
-    for other in models.checkpoints:
+    for other, fills in zip(models.checkpoints, models.fills, strict=True):
+        first = models.checkpoints[models.owner]
         if other is first:
             continue
         a, b = first.config, other.config
         where = f"{_config_file(first)} and {_config_file(other)}"
-        if (families := (_family(a), _family(b)))[0] != families[1]:
+        if fills is None and (families := (family_of(a), family_of(b)))[0] != families[1]:
             problems.checkpoint(
                 f"{where}: different architectures: {families[0]} and {families[1]}; only models of one architecture "
-                "can be merged"
+                "can be merged (models of one tower of a larger model with `towers`)"
             )
             continue
-        for key, mine, theirs in _differences(a, b, _STRUCTURAL):
-            problems.checkpoint(
-                f"{where}: `{key}` is {mine!r} and {theirs!r}: the weights mean different things although their "
-                "shapes may agree; merge models of one base"
-            )
+        if fills is None:
+            pairs = _levels(a, b)
+        else:
+            pairs = [(fills[0].name, tower_config(a, fills[0]), tower_config(b, fills[1]))]
+            types = [str(level.get("model_type", "")) for level in pairs[0][1:]]
+            if not _derives(*types):
+                problems.checkpoint(
+                    f"{where}: the tower {fills[0].name!r} is a {types[0]}, and the other model is a {types[1]}; only "
+                    "models of one family can be merged in a tower"
+                )
+                continue
+        for level, mine, theirs in pairs:
+            _compare_level(where, level, mine, theirs, whole, problems, warnings)
         if (ties := (ties_embeddings(a), ties_embeddings(b))) in ((True, False), (False, True)):
             problems.checkpoint(
                 f"{where}: tie_word_embeddings is {ties[0]} and {ties[1]}: one model has its own output head, the "
                 "other shares the embedding; save the tied one untied (with its head) and set the flag to false"
             )
-        for key, mine, theirs in [] if whole else _differences(a, b, _SIZES):
-            problems.checkpoint(f"{where}: `{key}` is {mine} and {theirs}; layers of different sizes cannot be stacked")
-        if whole and (layers := (num_layers(a), num_layers(b)))[0] != layers[1]:
+        if whole and fills is None and (layers := (num_layers(a), num_layers(b)))[0] != layers[1]:
             problems.checkpoint(
                 f"{where}: different numbers of layers: {layers[0]} and {layers[1]}; choose equally many with `slices` "
                 "and `layer_range`"
             )
-        warnings += [
-            f"{where}: `{key}` is {mine!r} and {theirs!r}; the output gets {mine!r}"
-            for key, mine, theirs in _differences(a, b, _other_keys(a, b))
-        ]
-        _compare_tokenizers(first, other, problems, warnings, strictly=same_tokenizer)
+        if tokenizers:
+            _compare_tokenizers(first, other, problems, warnings)
     problems.raise_any()
     return warnings
 
 
+def _compare_level(
+    where: str,
+    level: str,
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    whole: bool,
+    problems: Problems,
+    warnings: list[str],
+) -> None:
+    """One level of two configs: the outer one, that of the language model, of the vision tower, ..."""
+    of = f"{level}." if level else ""
+    for key, mine, theirs in _differences(a, b):
+        if _STRUCTURAL.fullmatch(key) and not isinstance(mine, bool):
+            problems.checkpoint(
+                f"{where}: `{of}{key}` is {mine!r} and {theirs!r}: the weights mean different things although their "
+                "shapes may agree; merge models of one base"
+            )
+        elif key in _SIZES and not whole:
+            problems.checkpoint(
+                f"{where}: `{of}{key}` is {mine} and {theirs}; layers of different sizes cannot be stacked"
+            )
+        elif key not in _INDIFFERENT:
+            warnings.append(f"{where}: `{of}{key}` is {mine!r} and {theirs!r}; the output gets {mine!r}")
+
+
+def _named_alike(
+    config: MergeConfig, opened: list[Checkpoint], index: dict[str, int], owner: int, problems: Problems
+) -> Models:
+    """The models under the owner's names; those that are but a tower of it, as that tower."""
+    if not opened:
+        return Models((), index, 0, (), (), ())
+    inputs = tuple(opened)
+    towers = [towers_of(checkpoint.tensors) for checkpoint in opened]
+    first = opened[owner]
+    fills: list[tuple[Tower, Tower] | None] = [None] * len(opened)
+    for part, ref in _tower_sources(config):
+        tower, i = find_tower(towers[owner], part), index.get(ref, owner)
+        if tower is None or i == owner or family_of(opened[i].config) == family_of(first.config):
+            continue  # unknown towers are refused with the parts
+        if (own := counterpart(tower, towers[i])) is None:
+            listed = ", ".join(other.name for other in towers[i])
+            problems.checkpoint(f"{opened[i].path}: has no tower that could be {tower.name!r}; it has {listed}")
+            continue
+        fills[i] = (tower, own)
+    for i, checkpoint in enumerate(opened):
+        if (pair := fills[i]) is not None:
+            opened[i] = fill(checkpoint, pair[1], first, pair[0])
+            names = tuple(opened[i].tensors)
+            towers[i] = (replace(pair[0], tensors=names, stacks=stacks_of(names)),)
+        elif i != owner:
+            opened[i] = align(checkpoint, towers[i], towers[owner])
+            towers[i] = towers[i] if opened[i] is checkpoint else towers_of(opened[i].tensors)
+    return Models(tuple(opened), index, owner, tuple(towers), tuple(fills), inputs)
+
+
+def _tower_sources(config: MergeConfig) -> list[tuple[str, str]]:
+    """(module, model) for everything that is listed under a module."""
+    return [(name, ref) for name, part in config.parts.items() if name is not None for ref in _references_of(part)]
+
+
 def _references(config: MergeConfig) -> list[str]:
-    refs = [model.model for model in config.models or ()]
-    for output in config.slices or ():
-        refs += [source.model for source in output.sources]
-        refs += [output.base_model] if output.base_model is not None else []
+    refs = [ref for part in config.parts.values() for ref in _references_of(part)]
     refs += [config.base_model] if config.base_model is not None else []
     return list(dict.fromkeys(refs))
+
+
+def _references_of(part: OutputModule) -> list[str]:
+    refs = [model.model for model in part.models or ()]
+    for output in part.slices or ():
+        refs += [source.model for source in output.sources]
+        refs += [output.base_model] if output.base_model is not None else []
+    return [*refs, part.base_model] if part.base_model is not None else refs
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
@@ -172,25 +241,39 @@ def _config_file(checkpoint: Checkpoint) -> Path:
     return checkpoint.path / "config.json"
 
 
-def _family(config: dict[str, Any]) -> str:
+def family_of(config: dict[str, Any]) -> str:
+    """Class and model type, as config.json names them."""
     architectures = config.get("architectures") or [None]
     return f"{architectures[0]} ({config.get('model_type')})"
 
 
-def _other_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    return sorted((text_config(a).keys() | text_config(b).keys()) - _INDIFFERENT)
+def _derives(tower: str, model: str) -> bool:
+    """Whether a language model of type `model` may be what a tower was made of: `qwen2` of `qwen2_5_vl_text`."""
+    words = [word for word in model.split("_") if word not in ("text", "model")]
+    return not tower or not model or all(any(w.startswith(word) for w in tower.split("_")) for word in words)
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any], keys: Sequence[str]) -> list[tuple[str, Any, Any]]:
-    """Keys that both configs give, differently; one that is missing means a default, which only transformers knows."""
+def _levels(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """(name, level, level) for the levels that two configs have in common: language model, outer one, other towers."""
     mine, theirs = text_config(a), text_config(b)
-    pairs = [(key, mine.get(key), theirs.get(key)) for key in keys]
-    return [(key, x, y) for key, x, y in pairs if x is not None and y is not None and x != y]
+    pairs = [("", mine, theirs)]
+    if mine is not a and theirs is not b:
+        pairs.append(("", a, b))
+    nested = (key for key in a if isinstance(a[key], Mapping) and isinstance(b.get(key), Mapping) and _is_level(key))
+    return pairs + [(key, a[key], b[key]) for key in nested if a[key] is not mine]
 
 
-def _compare_tokenizers(
-    first: Checkpoint, other: Checkpoint, problems: Problems, warnings: list[str], *, strictly: bool
-) -> None:
+def _is_level(key: str) -> bool:
+    return key.endswith("_config") or key in ("encoder", "decoder")
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Keys that both configs give, differently; one that is missing means a default, which only transformers knows."""
+    triples = [(key, a[key], b[key]) for key in sorted(a.keys() & b.keys()) if not _is_level(key)]
+    return [(key, x, y) for key, x, y in triples if x is not None and y is not None and x != y]
+
+
+def _compare_tokenizers(first: Checkpoint, other: Checkpoint, problems: Problems, warnings: list[str]) -> None:
     conflict = conflicting_ids(first, other)
     if conflict is None or not conflict.count:
         return
@@ -198,10 +281,10 @@ def _compare_tokenizers(
         f"{conflict.files[0]} and {conflict.files[1]}: {conflict.count} of {conflict.common} token ids mean different "
         f"tokens (id {conflict.example[0]} is {conflict.example[1]!r} and {conflict.example[2]!r})"
     )
-    if strictly or conflict.count > _OTHER_VOCABULARY * conflict.common:
+    if conflict.count > _OTHER_VOCABULARY * conflict.common:
         problems.checkpoint(
-            f"{line}: embedding rows would be mixed up; merge models with one vocabulary "
-            "(moving embeddings to another vocabulary is not supported yet)"
+            f"{line}: embedding rows would be mixed up; `tokenizer_source: union` (or `base`, or one of the models) "
+            "gives the models one vocabulary"
         )
     else:
         warnings.append(f"{line}; the output gets the tokenizer of the first")

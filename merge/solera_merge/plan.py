@@ -1,6 +1,6 @@
 """The plan of a merge: every output tensor with its sources, method and resolved parameters, from headers alone.
 
-    recipe -> models (opened, compared) -> runs -> targets -> parameters -> plan
+    recipe -> models (opened, compared) -> parts, runs -> targets -> parameters -> plan
 
 Nothing here reads a weight. The plan is pure data: it can be printed, hashed, and executed later or elsewhere.
 """
@@ -8,20 +8,20 @@ Nothing here reads a weight. The plan is pure data: it can be printed, hashed, a
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from solera_core.architecture import is_embedding, is_head, vocab_size
-from solera_core.checkpoint import Checkpoint
+from blake3 import blake3
+
+from solera_core.architecture import fused_experts, has_tokens_beyond_vocabulary, is_embedding, is_head, vocab_size
 from solera_core.context import Context
 from solera_core.digest import json_digest
 from solera_core.dtypes import FLOATS, ITEM_BYTES, SAFETENSORS_NAME
-from solera_core.errors import CheckpointError, ConfigError, ResourceError
+from solera_core.errors import CheckpointError, ResourceError
+from solera_core.licence import concerns, read_licence
 from solera_core.plan import Plan
 from solera_core.ranges import stamp
-from solera_core.sidecars import tokenizer_files
-from solera_core.strict import did_you_mean
 from solera_core.version import __version__
 from solera_core.writer import TensorSpec, layout
 from solera_merge.block import BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS, block_starts
@@ -30,12 +30,14 @@ from solera_merge.config_json import output_config
 from solera_merge.masks import key
 from solera_merge.memory import default_memory_bytes
 from solera_merge.methods.catalogue import METHODS
-from solera_merge.models import Models, compare, open_models
+from solera_merge.models import Models, compare, family_of, open_models
 from solera_merge.problems import Problems
-from solera_merge.resolve import resolve
-from solera_merge.runs import runs_of
+from solera_merge.resolve import check_filters, resolve
+from solera_merge.runs import parts_of
 from solera_merge.targets import Target, find_targets
-from solera_merge.vocabulary import check_tokenizer
+from solera_merge.tokenizer.align import Alignment, align_vocabularies
+from solera_merge.tokenizer.files import OutputFiles, files_of, with_vocabulary
+from solera_merge.tokenizer.models import donor_of, has_tokenizer
 
 __all__ = [
     "COPY",
@@ -81,6 +83,7 @@ class TensorPlan:
         models: the other sources, in the order of the recipe.
         parameters: by name in a recipe; a tuple has one value a model.
         keys: a random key a model.
+        experts: how many tensors this is, along its first axis: fused experts are merged one by one.
         mergekit: the number format in which mergekit's own method computes it (`solera_merge.compat`); None: the method
             of the catalogue does, in float32.
     """
@@ -93,12 +96,23 @@ class TensorPlan:
     models: tuple[SourceTensor, ...]
     parameters: Mapping[str, Any]
     keys: tuple[int, ...]
+    experts: int = 1
     mergekit: str | None = None
 
     @property
     def spec(self) -> TensorSpec:
         """As the writer wants it."""
         return TensorSpec(self.name, self.dtype, self.shape)
+
+    @property
+    def pieces(self) -> "list[TensorPlan]":
+        """The tensor itself, or the experts' one by one, each with keys of its own."""
+        if self.experts == 1:
+            return [self]
+        return [
+            replace(self, shape=self.shape[1:], keys=tuple((k + i) % 2**128 for k in self.keys), experts=1)
+            for i in range(self.experts)
+        ]
 
     @property
     def sources(self) -> tuple[SourceTensor, ...]:
@@ -114,12 +128,14 @@ class MergePlan:
         tensors: in the order of the output files.
         config: content of config.json.
         sidecars: tokenizer and other files to be copied.
+        files: content of those that are written anew, by name.
         warnings: what a careful person would want to know first.
     """
 
     tensors: tuple[TensorPlan, ...]
     config: Mapping[str, Any]
     sidecars: tuple[Path, ...]
+    files: Mapping[str, bytes]
     warnings: tuple[str, ...]
 
     @property
@@ -130,11 +146,14 @@ class MergePlan:
     @property
     def disk_bytes(self) -> int:
         """Size of everything that will be written, provenance excepted."""
-        return sum(s.nbytes for s in layout(self.specs)) + sum(f.stat().st_size for f in self.sidecars if f.exists())
+        beside = sum(f.stat().st_size for f in self.sidecars if f.exists()) + sum(map(len, self.files.values()))
+        return sum(s.nbytes for s in layout(self.specs)) + beside
 
 
 def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     """Plan a merge from configs and headers, and check everything that they can tell.
+
+    Every check runs that can; what they find is raised together, one line each.
 
     Raises:
         ConfigError: the recipe asks for something impossible or meaningless.
@@ -144,15 +163,42 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
         from solera_merge.torch_twins import open_device
 
         open_device(ctx.device)  # says what is there if it is not
-    models = open_models(config, ctx)
-    whole = config.models is not None
-    warnings = compare(models, whole=whole, same_tokenizer=config.tokenizer_source is not None)
-    runs = runs_of(config, models)
-    targets, notes = find_targets(runs, models, whole=whole)
+    problems, warnings = Problems(), list[str]()
+    models = open_models(config, ctx, problems)
+    whole, all_here = all(part.models is not None for part in config.parts.values()), not problems.found
+    with problems.collected():
+        warnings += compare(models, whole=whole, tokenizers=config.wanted_tokenizer is None)
+    plain = config.models is not None  # else names of tensors in the output are not those in the models
+    names = {name for c in models.checkpoints for name in c.tensors} if plain else set[str]()
+    wholes = [c for c, fills in zip(models.checkpoints, models.fills, strict=True) if fills is None]
+    if not all_here or len({family_of(c.config) for c in wholes}) > 1:
+        check_filters(config, names, problems)
+        problems.raise_any()  # all that could be said besides would follow from this
+    donor = donor_of(config, models, problems)
+    alignment, beside = Alignment(models, models.owner if donor is None else donor), OutputFiles((), {}, ())
+    known = len(problems.found)
+    parts = parts_of(config, models, problems)
+    sound = len(problems.found) == known
+    if not sound:
+        check_filters(config, names, problems)
+    if not sound and not plain:
+        problems.raise_any()
+    aligned = config.wanted_tokenizer is None
+    if donor is not None:
+        with problems.collected():
+            if sound:
+                alignment, aligned = align_vocabularies(config, models, parts, donor), True
+        with problems.collected():
+            beside = files_of(alignment, config)
+    models = alignment.models
+    warnings += [*alignment.warnings, *beside.warnings]
+    targets, notes = find_targets(parts, models, problems)
     warnings += notes
-    resolved = resolve(config, targets, models)
-    problems = Problems()
-    _check_shapes(targets, models, problems)
+    _check_shapes(targets, models, problems, vocabularies=aligned)
+    resolved: list[dict[str, Any]] = []
+    with problems.collected():
+        resolved = resolve(config, targets, models) if sound else []
+    problems.raise_any()
     tensors = _tensor_plans(config, targets, resolved, models, ctx.seed, problems)
     if ctx.compat is not None:
         from solera_merge.compat import as_mergekit
@@ -160,30 +206,25 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
         tensors = as_mergekit(config, tensors, models, ctx, problems)
     problems.raise_any()
     dtype = _main_dtype(tensors)
-    content, notes = output_config(models, runs, whole=whole, dtype=_TORCH_NAME[dtype])
+    content, notes = output_config(models, parts, dtype=_TORCH_NAME[dtype])
     warnings += notes
+    warnings += with_vocabulary(content, alignment)
     _check_vocabulary(tensors, content, models)
-    donor = _tokenizer_owner(config, models)
-    check_tokenizer(donor)
-    if not _has_tokenizer(donor):
-        if owners := [c.ref for c in models.checkpoints if _has_tokenizer(c)]:
-            raise ConfigError(
-                f"tokenizer_source: {donor.ref!r} ({donor.path}), whose tokenizer the output would get, has none; "
-                f"set `tokenizer_source: {owners[0]}`"
-                + (f" (or one of {', '.join(owners[1:])})" if owners[1:] else "")
-                + ", or copy the tokenizer files into that directory"
-            )
-        warnings.append(f"{donor.path}: has no tokenizer, and no other model here has one: the output will have none")
+    if not has_tokenizer(owner := models.checkpoints[alignment.donor]):
+        warnings.append(f"{owner.path}: has no tokenizer, and no other model here has one: the output will have none")
+    warnings += concerns([read_licence(c.ref, d) for c in models.checkpoints for d in c.directories])
     if config.parameters.get("int8_mask"):
         warnings.append("parameters.int8_mask: has no effect (no mask is stored)")
-    return MergePlan(tuple(tensors), content, tuple(donor.sidecars), tuple(dict.fromkeys(warnings))), models
+    unique = tuple(dict.fromkeys(warnings))
+    return MergePlan(tuple(tensors), content, beside.copied, beside.written, unique), models
 
 
 def plan_key(plan: MergePlan, models: Models) -> str:
     """What a killed run and this one must have in common for this one to go on: plan, inputs, version."""
     inputs = [checkpoint.fingerprint() for checkpoint in models.checkpoints]
     sidecars = [[str(file), *astuple(stamp(file))] for file in plan.sidecars]  # else copies of others would be left
-    key = [__version__, repr(plan.tensors), dict(plan.config), sidecars, inputs]
+    files = {name: blake3(content).hexdigest() for name, content in plan.files.items()}
+    key = [__version__, repr(plan.tensors), dict(plan.config), sidecars, files, inputs]
     if any(tensor.mergekit is not None for tensor in plan.tensors):
         from solera_merge.compat import mergekit_versions
 
@@ -197,9 +238,11 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
     for tensor in plan.tensors:
         for source in tensor.sources:
             used[source.model] += models.checkpoints[source.model].tensors[source.name].nbytes
+    licences = [[read_licence(c.ref, directory).label for directory in c.directories] for c in models.checkpoints]
     reads = [
         {
             "what": c.ref,
+            "licence": " + ".join(licences[i]),
             "path": str(c.path),
             "revision": c.revision,
             "bytes": used[i],
@@ -210,6 +253,8 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
     ]
     writes: list[Mapping[str, Any]] = [{"what": s.file, "bytes": s.nbytes} for s in layout(plan.specs)]
     writes += [{"what": f.name, "bytes": f.stat().st_size} for f in plan.sidecars]
+    writes += [{"what": name, "bytes": len(content)} for name, content in plan.files.items()]
+    parameters = list(dict.fromkeys(name for method in config.methods for name in method.parameters))
     return Plan(
         stage="merge",
         reads=reads,
@@ -225,7 +270,7 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
             **({} if ctx.compat is None else {"compat": ctx.compat}),
             **({} if ctx.device == "cpu" else {"device": ctx.device}),
         },
-        rows=[_row(tensor, models, list(config.method.parameters)) for tensor in plan.tensors],
+        rows=[_row(tensor, models, parameters) for tensor in plan.tensors],
         warnings=plan.warnings,
     )
 
@@ -239,8 +284,9 @@ def tensor_bytes(tensor: TensorPlan, *, device: str = "cpu") -> int:
         from solera_merge.compat import whole_bytes
 
         return whole_bytes(tensor)
-    unit = "elements" if tensor.method == COPY else METHODS[tensor.method].unit_of(tensor.name, tensor.shape)
-    starts = block_starts(tensor.shape, unit, _block_elements(tensor.method, device))
+    shape = tensor.pieces[0].shape
+    unit = "elements" if tensor.method == COPY else METHODS[tensor.method].unit_of(tensor.name, shape)
+    starts = block_starts(shape, unit, _block_elements(tensor.method, device))
     block = starts[1] - starts[0] if len(starts) > 1 else 0
     item_bytes = _SVD_BYTES if unit == "matrices" else 4
     return (len(tensor.sources) * 2 + _TEMPORARIES) * block * item_bytes + len(tensor.models) * _SELECTION_BYTES
@@ -300,36 +346,47 @@ def _row(tensor: TensorPlan, models: Models, parameters: Sequence[str]) -> dict[
     }
 
 
-def _check_shapes(targets: Sequence[Target], models: Models, problems: Problems) -> None:
+def _check_shapes(targets: Sequence[Target], models: Models, problems: Problems, *, vocabularies: bool) -> None:
+    """One line for every two models and kind of difference; those of the `vocabularies` may be known already."""
+    found: dict[tuple[int, int], list[str]] = {}
     for target in targets:
         infos = [
-            (models.ref(source.model), models.checkpoints[source.model].tensors[name])
+            (source.model, models.checkpoints[source.model].tensors[name])
             for source, name in zip(target.run.sources, target.inputs, strict=True)
         ]
-        first_ref, first = infos[0]
-        for ref, info in infos[1:]:
+        first_model, first = infos[0]
+        for model, info in infos[1:]:
             if info.shape == first.shape:
                 continue
             both = f"{first.file}: {first.name!r} is {first.shape}, {info.file}: {info.name!r} is {info.shape}"
             rows = is_embedding(first.name) or is_head(first.name)
             if rows and first.shape[1:] == info.shape[1:]:
-                problems.checkpoint(
-                    f"{both}: the vocabularies of {first_ref!r} and {ref!r} have different sizes; merge models with "
-                    "one tokenizer, or give them equally many rows first (resize_token_embeddings of transformers)"
-                )
+                if vocabularies:
+                    problems.checkpoint(
+                        f"{both}: the vocabularies of {models.ref(first_model)!r} and {models.ref(model)!r} have "
+                        "different sizes; `tokenizer_source: union` (or `base`, or one of the models) gives them one "
+                        "vocabulary"
+                    )
             else:
-                problems.checkpoint(f"{both}: shapes differ; merge models of one architecture and size")
+                found.setdefault((first_model, model), []).append(both)
+    for lines in found.values():
+        more = f" (and those of {len(lines) - 1} more tensors)" if len(lines) > 1 else ""
+        problems.checkpoint(f"{lines[0]}: shapes differ{more}; merge models of one architecture and size")
 
 
 def _check_vocabulary(tensors: Sequence[TensorPlan], content: Mapping[str, Any], models: Models) -> None:
     """Slices may take embedding, head and config.json from three models."""
     rows = vocab_size(content)
+    more = has_tokens_beyond_vocabulary(content)
     for tensor in tensors:
         if (is_embedding(tensor.name) or is_head(tensor.name)) and tensor.shape and rows not in (None, tensor.shape[0]):
+            if more and is_embedding(tensor.name) and rows is not None and tensor.shape[0] > rows:
+                continue
             file = models.checkpoints[models.owner].path / "config.json"
             raise CheckpointError(
                 f"{file}: vocab_size is {rows}, but {tensor.name!r} of "
-                f"{models.ref(tensor.models[0].model)!r} is {tensor.shape}; merge models with one vocabulary"
+                f"{models.ref(tensor.models[0].model)!r} is {tensor.shape}; `tokenizer_source: union` (or `base`, or "
+                "one of the models) gives the models one vocabulary"
             )
 
 
@@ -342,6 +399,7 @@ def _tensor_plans(
     problems: Problems,
 ) -> list[TensorPlan]:
     wanted = config.out_dtype or config.dtype
+    content = models.checkpoints[models.owner].config
     plans: list[TensorPlan] = []
     for target, parameters in zip(targets, resolved, strict=True):
         sources = [SourceTensor(s.model, n) for s, n in zip(target.run.sources, target.inputs, strict=True)]
@@ -367,8 +425,10 @@ def _tensor_plans(
         dtype = SAFETENSORS_NAME[wanted] if wanted else stored[0] if len(stored) == 1 else "F32"
         base = next((s for s in sources if s.model == target.run.base), None)
         others = tuple(s for s in sources if s is not base)
+        method = target.run.method.name
         keys = tuple(key(seed, target.name, models.ref(s.model)) for s in others)
-        plans.append(TensorPlan(target.name, dtype, shape, config.merge_method, base, others, parameters, keys))
+        experts = fused_experts(target.name, shape, content)
+        plans.append(TensorPlan(target.name, dtype, shape, method, base, others, parameters, keys, experts))
     return plans
 
 
@@ -379,17 +439,3 @@ def _main_dtype(tensors: Sequence[TensorPlan]) -> str:
         if tensor.dtype in FLOATS:
             total[tensor.dtype] += tensor.spec.size * ITEM_BYTES[tensor.dtype]
     return total.most_common(1)[0][0] if total else "F32"
-
-
-def _has_tokenizer(checkpoint: Checkpoint) -> bool:
-    return bool(tokenizer_files(file.name for file in checkpoint.sidecars))
-
-
-def _tokenizer_owner(config: MergeConfig, models: Models) -> Checkpoint:
-    wanted = config.tokenizer_source
-    if wanted is None or wanted == "base":
-        return models.checkpoints[models.owner]
-    if wanted not in models.index:
-        hint = did_you_mean(wanted, ["base", *models.index])
-        raise ConfigError(f"tokenizer_source: {wanted!r} is none of the models of this merge{hint}")
-    return models.checkpoints[models.index[wanted]]

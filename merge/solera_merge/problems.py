@@ -1,5 +1,7 @@
 """Collecting what is wrong with a recipe and its models, so that a person sees all of it at once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from solera_core.errors import CheckpointError, ConfigError, InputError
@@ -17,7 +19,17 @@ class Problems:
 
     def add(self, problem: InputError) -> None:
         """Note a problem that was raised elsewhere."""
-        self.found.append(problem)
+        self.found += [type(problem)(line) for line in str(problem).splitlines()]
+        if self.found and problem.__cause__ is not None:
+            self.found[-1].__cause__ = problem.__cause__
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """What the body raises is noted, and the body left."""
+        try:
+            yield
+        except InputError as e:
+            self.add(e)
 
     def config(self, message: str) -> None:
         """Note a problem of the recipe."""

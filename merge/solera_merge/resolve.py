@@ -1,6 +1,6 @@
 """The parameters of every output tensor, after precedence, gradients, filters and defaults."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from solera_core.strict import did_you_mean
@@ -13,32 +13,32 @@ from solera_merge.scope import SHARED_OVER_MODEL
 from solera_merge.settings import evaluate, filters_of
 from solera_merge.targets import Target
 
-__all__ = ["resolve"]
+__all__ = ["check_filters", "resolve"]
 
 
 def resolve(config: MergeConfig, targets: Sequence[Target], models: Models) -> list[dict[str, Any]]:
     """For every target its parameters by name: one value, or a tuple with one value a model (the base left out).
 
-    For each tensor and model the first level that has a value wins: source, slice, global, default. A level whose
-    filters do not match falls through to the next. Filters see the name in the source for what belongs to one model,
-    and the name in the output for what all share (as in mergekit).
+    For each tensor and model the first level that has a value wins: source, slice, module, global, default. A level
+    whose filters do not match falls through to the next. Filters see the name in the source for what belongs to one
+    model, and the name in the output for what all share (as in mergekit).
 
     Raises:
         ConfigError: a required parameter without a value, a filter that matches nothing, weights that cancel, values
             that the method calls impossible, several densities of a model where its scope is the model.
     """
     problems = Problems()
-    _check_filters(config, targets, problems)
-    unset: dict[tuple[str, str | None], list[str]] = {}
+    check_filters(config, {name for target in targets for name in (target.name, *target.inputs)}, problems)
+    unset: dict[tuple[str, str, str | None], list[str]] = {}
     resolved: list[dict[str, Any]] = []
     for target in targets:
         values: dict[str, Any] = {}
-        for name, parameter in config.method.parameters.items():
-            shared = [target.run.parameters, config.parameters]
+        for name, parameter in target.run.method.parameters.items():
+            shared = [*target.run.levels, config.parameters]
             if not parameter.per_model:
                 values[name] = _lookup(parameter, shared, target.name, target.t)
                 if values[name] is REQUIRED:
-                    unset.setdefault((name, None), []).append(target.name)
+                    unset.setdefault((target.run.method.name, name, None), []).append(target.name)
                 continue
             row: list[Any] = []
             for source, tensor in zip(target.run.sources, target.inputs, strict=True):
@@ -46,17 +46,20 @@ def resolve(config: MergeConfig, targets: Sequence[Target], models: Models) -> l
                     continue
                 row.append(_lookup(parameter, [source.parameters, *shared], tensor, target.t))
                 if row[-1] is REQUIRED:
-                    unset.setdefault((name, models.ref(source.model)), []).append(target.name)
+                    unset.setdefault((target.run.method.name, name, models.ref(source.model)), []).append(target.name)
             values[name] = tuple(row)
         resolved.append(values)
-    for (name, ref), tensors in unset.items():
-        of = f" for {ref!r}" if ref is not None else ""
+    for (called, name, ref), tensors in unset.items():
+        whose = f" for {ref!r}" if ref is not None else ""
         which = "" if len(tensors) == len(targets) else f" (for {some(tensors)})"
-        problems.config(f"parameters: {config.merge_method} needs `{name}`{of}{which}")
+        problems.config(f"parameters: {called} needs `{name}`{whose}{which}")
     problems.raise_any()
-    _check_weights(config.method, targets, resolved, problems)
-    _check_values(config.method, targets, resolved, problems)
-    _check_scope(config.method, targets, resolved, models, problems)
+    for method in dict.fromkeys(target.run.method for target in targets):
+        mine = [i for i, target in enumerate(targets) if target.run.method is method]
+        of, found = [targets[i] for i in mine], [resolved[i] for i in mine]
+        _check_weights(method, of, found, problems)
+        _check_values(method, of, found, problems)
+        _check_scope(method, of, found, models, problems)
     problems.raise_any()
     return resolved
 
@@ -70,17 +73,24 @@ def _lookup(parameter: Parameter, levels: Iterable[Mapping[str, Any]], tensor: s
     return parameter.default
 
 
-def _check_filters(config: MergeConfig, targets: Sequence[Target], problems: Problems) -> None:
-    """A filter that is part of no tensor's name is a misspelling: without this it would silently select nothing."""
-    names = {target.name for target in targets} | {name for target in targets for name in target.inputs}
-    levels = [config.parameters, *(m.parameters for m in config.models or ())]
-    for output in config.slices or ():
-        levels += [output.parameters, *(s.parameters for s in output.sources)]
+def check_filters(config: MergeConfig, names: Collection[str], problems: Problems) -> None:
+    """A filter that is part of no tensor's name is a misspelling: without this it would silently select nothing.
+
+    Args:
+        config: the recipe.
+        names: of the tensors; where there are none, nothing is said.
+        problems: where such filters are noted.
+    """
+    levels = [config.parameters]
+    for part in config.parts.values():
+        levels += [part.parameters, *(m.parameters for m in part.models or ())]
+        for output in part.slices or ():
+            levels += [output.parameters, *(s.parameters for s in output.sources)]
     parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
     for level in levels:
         for parameter, setting in level.items():
             for wanted in filters_of(setting):
-                if not any(wanted in name for name in names):
+                if names and not any(wanted in name for name in names):
                     problems.config(
                         f"parameters.{parameter}: filter {wanted!r} matches no tensor{did_you_mean(wanted, parts)}"
                     )

@@ -77,7 +77,7 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
         CheckpointWriter(staging, plan.specs, early_flush=ctx.flush) as writer,
         ExitStack() as beside,
     ):
-        write_metadata(staging, config=plan.config, sidecars=plan.sidecars)
+        write_metadata(staging, config=plan.config, sidecars=plan.sidecars, files=plan.files)
         reload = _reload_check(staging, plan, models, ctx, beside)
         execute(
             plan.tensors,
@@ -88,8 +88,8 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
             progress=ctx.progress,
             device=_device(plan, ctx),
         )
-        inputs = [input_record(checkpoint, attest=ctx.attest) for checkpoint in models.checkpoints]
-        for checkpoint in models.checkpoints:
+        inputs = [input_record(checkpoint, attest=ctx.attest) for checkpoint in models.inputs]
+        for checkpoint in models.inputs:
             checkpoint.require_unchanged()
         digests = writer.finish()
         checks = check_output(staging, reload=False, trust_remote_code=ctx.trust_remote_code)

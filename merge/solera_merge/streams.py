@@ -29,10 +29,16 @@ class StreamedTensor:
         checkpoints: the models of the merge.
         step: elements a block.
         advance: called with 0 before every block; raises when another thread has failed.
+        begin: where the tensor begins in what is stored (for one expert of several that are stored as one).
     """
 
     def __init__(
-        self, tensor: TensorPlan, checkpoints: Sequence[Checkpoint], step: int, advance: Callable[[int], None]
+        self,
+        tensor: TensorPlan,
+        checkpoints: Sequence[Checkpoint],
+        step: int,
+        advance: Callable[[int], None],
+        begin: int = 0,
     ) -> None:
         self.name = tensor.name
         self.size = tensor.spec.size
@@ -43,6 +49,7 @@ class StreamedTensor:
         self._checkpoints = checkpoints
         self._step = step
         self._advance = advance
+        self._begin = begin
 
     def blocks(self, unit: Unit = "elements") -> Iterator[Block]:
         """One pass; values that are not finite are refused by name and place."""
@@ -59,13 +66,13 @@ class StreamedTensor:
         from solera_merge.kernels.formats import CODES, widen
 
         checkpoint = self._checkpoints[source.model]
-        info = checkpoint.tensors[source.name]
+        info, begin = checkpoint.tensors[source.name], self._begin
         if not checkpoint.is_plain(source.name, CODES):
 
             def read_any(start: int, stop: int) -> Float32:
-                values = checkpoint.read_flat(source.name, start, stop)
+                values = checkpoint.read_flat(source.name, begin + start, begin + stop)
                 if not np.isfinite(values).all():
-                    refuse(values, checkpoint, info, start)
+                    refuse(values, checkpoint, info, begin + start)
                 return values
 
             return read_any
@@ -74,10 +81,10 @@ class StreamedTensor:
 
         def read_plain(start: int, stop: int) -> Float32:
             raw = np.empty((stop - start) * width, np.uint8)
-            file.read_into(info.begin + start * width, raw)
+            file.read_into(info.begin + (begin + start) * width, raw)
             values = np.empty(stop - start, np.float32)
             if widen(raw, code, 0, stop - start, values):
-                refuse(values, checkpoint, info, start)
+                refuse(values, checkpoint, info, begin + start)
             return values
 
         return read_plain
@@ -93,6 +100,7 @@ class RawStream:
         advance: as for `StreamedTensor`.
         buffers: how many there are, used in turn; a block is valid until its buffer's next turn.
         buffer: makes one of [rows, bytes].
+        begin: as for `StreamedTensor`.
     """
 
     def __init__(
@@ -104,6 +112,7 @@ class RawStream:
         *,
         buffers: int = 1,
         buffer: Callable[[int, int], npt.NDArray[np.uint8]] | None = None,
+        begin: int = 0,
     ) -> None:
         from solera_merge.kernels.formats import CODES
 
@@ -115,8 +124,8 @@ class RawStream:
         self._widths = [ITEM_BYTES[info.dtype] for _, info in self._sources]
         rows, width = len(self._sources), self.step * max(self._widths)
         self._buffers = [buffer(rows, width) if buffer else np.empty((rows, width), np.uint8) for _ in range(buffers)]
-        self._begins = np.array([info.begin for _, info in self._sources], np.int64)
         self._bytes = np.array(self._widths, np.int64)
+        self._begins = np.array([info.begin for _, info in self._sources], np.int64) + begin * self._bytes
         self._advance = advance
         self._files = ExitStack()
 
@@ -138,9 +147,9 @@ class RawStream:
         for start, raw in zip(range(0, self.size, self.step), cycle(self._buffers), strict=False):
             n = min(self.step, self.size - start)
             if fill(Rows(raw, self._codes, self._descriptors, self._begins + start * self._bytes), 0, n):
-                parts = zip(self._sources, self._readers, self._widths, raw, strict=True)
-                for (_, info), reader, width, row in parts:  # says what is wrong
-                    reader.read_into(info.begin + start * width, row[: n * width])
+                parts = zip(self._begins, self._readers, self._widths, raw, strict=True)
+                for first, reader, width, row in parts:  # says what is wrong
+                    reader.read_into(int(first) + start * width, row[: n * width])
             self._advance(0)
             yield RawBlock(start, n, raw, self._codes)
 

@@ -8,16 +8,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from solera_core.architecture import is_embedding, is_head, layer_of
+from solera_core.architecture import is_embedding, is_head, text_config
 from solera_core.checkpoint import TensorInfo
+from solera_core.towers import Tower, find_tower, layer_count, stacks_of
 from solera_merge.models import Models
 from solera_merge.problems import Problems, some
-from solera_merge.runs import Run, Source
+from solera_merge.runs import Part, Run, Source
 
-__all__ = ["Target", "find_targets"]
+__all__ = ["Target", "find_targets", "lies_before"]
 
-# Tables of sines that old checkpoints store and transformers computes: left out wherever they appear.
-_DERIVED = (".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq")
+# Tables of sines, positions and causal masks that old checkpoints store and transformers computes: left out.
+_DERIVED = (
+    ".rotary_emb.inv_freq",
+    ".rotary_pos_emb.inv_freq",
+    ".attn.masked_bias",
+    ".attention.masked_bias",
+    "embeddings.position_ids",
+)
+_MASKS = (".attn.bias", ".attention.bias")  # of shape [1, 1, T, T]; a bias of the same name has one axis
 
 
 @dataclass(frozen=True)
@@ -53,19 +61,26 @@ class _Expansion:
         Yields those that every source has; notes for the others which model has them and which has not.
         """
         for row in zip(*names, strict=True):
-            if row[0].endswith(_DERIVED):
-                self.derived.append(row[0])
-                continue
             have = [name in self.tensors(s) for s, name in zip(run.sources, row, strict=True)]
+            haver = have.index(True)
+            if _is_derived(row[haver], self.tensors(run.sources[haver])[row[haver]]):
+                self.derived.append(row[haver])
+                continue
             if all(have):
                 yield row
                 continue
-            haver = have.index(True)
             for source, name, there in zip(run.sources, row, have, strict=True):
                 if not there:
                     file = self.tensors(run.sources[haver])[row[haver]].file
                     absent = self.models.checkpoints[source.model].path
                     self.missing.setdefault((file, absent), []).append(name)
+
+    def names(self, source: Source, tower: Tower | None) -> Sequence[str]:
+        """The tensors of a source that belong to a tower of the owner."""
+        mine = None if tower is None else find_tower(self.models.towers[source.model], tower.name)
+        if mine is None:
+            return () if tower is not None else list(self.tensors(source))
+        return mine.tensors
 
     def note_missing(self) -> None:
         for (there, absent), names in self.missing.items():
@@ -76,22 +91,22 @@ class _Expansion:
             )
 
 
-def find_targets(runs: Sequence[Run], models: Models, *, whole: bool) -> tuple[list[Target], list[str]]:
+def find_targets(parts: Sequence[Part], models: Models, problems: Problems) -> tuple[list[Target], list[str]]:
     """Every output tensor in the order of the output, and warnings.
 
-    Args:
-        runs: of the recipe.
-        models: as opened.
-        whole: the one run spans all tensors of every model; else layers are numbered anew, tensors before the layers
-            come from the first run and those behind them from the last.
+    Tensors that some models of a run have and others lack are noted as problems, all of them, and left out.
 
-    Raises:
-        CheckpointError: tensors that some models of a run have and others lack; all are listed.
+    Args:
+        parts: of the recipe. Where one is sliced, layers are numbered anew; tensors before the layers come from its
+            first run and those behind them from its last.
+        models: as opened.
+        problems: where they are noted.
     """
-    expansion = _Expansion(models, Problems())
-    targets = list(_whole(runs[0], expansion) if whole else _stacked(runs, expansion))
+    expansion = _Expansion(models, problems)
+    targets: list[Target] = []
+    for part in parts:
+        targets += _whole(part, expansion) if part.whole else _stacked(part, expansion)
     expansion.note_missing()
-    expansion.problems.raise_any()
     warnings = []
     if expansion.derived:
         names = list(dict.fromkeys(expansion.derived))
@@ -99,55 +114,77 @@ def find_targets(runs: Sequence[Run], models: Models, *, whole: bool) -> tuple[l
     return targets, warnings
 
 
-def _whole(run: Run, expansion: _Expansion) -> Iterator[Target]:
-    names = list(dict.fromkeys(name for source in run.sources for name in expansion.tensors(source)))
-    depth: dict[str, int] = {}
-    for name in names:
-        if (place := layer_of(name)) is not None:
-            depth[place[0]] = max(depth.get(place[0], 0), place[1])
+def _is_derived(name: str, info: TensorInfo) -> bool:
+    return name.endswith(_DERIVED) or (name.endswith(_MASKS) and len(info.shape) == 4)
+
+
+def _whole(part: Part, expansion: _Expansion) -> Iterator[Target]:
+    run = part.runs[0]
+    names = list(dict.fromkeys(name for source in run.sources for name in expansion.names(source, part.tower)))
+    stacks = stacks_of(names)
+    counted = stacks | _counted(expansion.models)
     for row in expansion.everywhere(run, [names] * len(run.sources)):
-        place = layer_of(row[0])
-        yield Target(row[0], run, row, 0.0 if place is None else _t(place[1], depth[place[0]] + 1))
+        place = _place(row[0], stacks)
+        yield Target(row[0], run, row, 0.0 if place is None else _t(place[1], counted[place[0]]))
 
 
-def _stacked(runs: Sequence[Run], expansion: _Expansion) -> Iterator[Target]:
-    yield from _outside(runs[0], expansion, before=True)
+def _stacked(part: Part, expansion: _Expansion) -> Iterator[Target]:
+    owner = expansion.models.towers[expansion.models.owner]
+    stack = next(iter((part.tower or owner[0]).stacks))  # `parts_of` has found just one in every source
+    yield from _outside(part, part.runs[0], stack, expansion, before=True)
     position = 0
-    for run in runs:
+    for run in part.runs:
         for layer in range(run.length):
             # What a layer holds, by the part of the name behind the number, over all sources.
-            inside = [_layer(expansion.tensors(s), s.first + layer) for s in run.sources]
-            stack = _stack(expansion.tensors(run.sources[0]))
-            suffixes = list(dict.fromkeys(suffix for part in inside for suffix in part))
-            names = [[f"{stack}.{s.first + layer}.{suffix}" for suffix in suffixes] for s in run.sources]
+            places = [f"{stack}.{source.first + layer}." for source in run.sources]
+            inside = [
+                [n.removeprefix(place) for n in expansion.names(s, part.tower) if n.startswith(place)]
+                for s, place in zip(run.sources, places, strict=True)
+            ]
+            suffixes = list(dict.fromkeys(suffix for names in inside for suffix in names))
+            if not suffixes:
+                absent = expansion.models.checkpoints[run.sources[0].model].path
+                expansion.problems.checkpoint(f"{absent}: has no tensors of layer {places[0].rstrip('.')}")
+            names = [[place + suffix for suffix in suffixes] for place in places]
             for row in expansion.everywhere(run, names):
-                suffix = row[0].removeprefix(f"{stack}.{run.sources[0].first + layer}.")
+                suffix = row[0].removeprefix(places[0])
                 yield Target(f"{stack}.{position + layer}.{suffix}", run, row, _t(layer, run.length))
         position += run.length
-    yield from _outside(runs[-1], expansion, before=False)
+    yield from _outside(part, part.runs[-1], stack, expansion, before=False)
 
 
-def _outside(run: Run, expansion: _Expansion, *, before: bool) -> Iterator[Target]:
-    names = list(dict.fromkeys(n for s in run.sources for n in expansion.tensors(s) if layer_of(n) is None))
-    chosen = [name for name in names if _lies_before(name) == before]
+def _outside(part: Part, run: Run, stack: str, expansion: _Expansion, *, before: bool) -> Iterator[Target]:
+    found = dict.fromkeys(name for s in run.sources for name in expansion.names(s, part.tower))
+    chosen = [name for name in found if not name.startswith(f"{stack}.") and lies_before(name) == before]
     for row in expansion.everywhere(run, [chosen] * len(run.sources)):
         yield Target(row[0], run, row, 0.0)
 
 
-def _lies_before(name: str) -> bool:
+def lies_before(name: str) -> bool:
     """Embeddings (of tokens, positions, types, and their norms) come before the layers, everything else behind them."""
     return is_embedding(name) or (not is_head(name) and any(word in name for word in ("embed", "wte", "wpe")))
 
 
-def _stack(tensors: Mapping[str, TensorInfo]) -> str:
-    return next(place[0] for name in tensors if (place := layer_of(name)) is not None)
+def _place(name: str, stacks: Mapping[str, int]) -> tuple[str, int] | None:
+    """(stack, number of the layer); None outside the layers."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if i and part.isdigit()), None)
+    stack = ".".join(parts[:at])
+    return (stack, int(parts[at])) if at is not None and stack in stacks else None
 
 
-def _layer(tensors: Mapping[str, TensorInfo], index: int) -> list[str]:
-    prefix = f"{_stack(tensors)}.{index}."
-    return [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+def _counted(models: Models) -> dict[str, int]:
+    """Layers of a stack that holds more: behind them lie those for multi-token prediction, whose place is the last."""
+    config = models.checkpoints[models.owner].config
+    extra = text_config(config).get("num_nextn_predict_layers") or 0
+    return {
+        stack: found - extra
+        for tower in models.towers[models.owner]
+        for stack, found in tower.stacks.items()
+        if extra and layer_count(config, tower) == found - extra
+    }
 
 
 def _t(layer: int, length: int) -> float:
     """Place of a layer on a gradient; the only layer of a run is its end, as in mergekit."""
-    return layer / (length - 1) if length > 1 else 1.0
+    return min(layer / (length - 1), 1.0) if length > 1 else 1.0

@@ -111,7 +111,7 @@ def test_what_is_absent_is_none(llama: Path, ctx: Context) -> None:
 @pytest.mark.parametrize(
     ("card", "licence"),
     [
-        ("---\nlicense: other\nlicense_name: llama3\n---\n", "llama3"),
+        ("---\nlicense: other\nlicense_name: llama3\n---\n", "other (llama3)"),
         ("---\nlicense: other\n---", "other"),
         ("# no header\n---\nlicense: mit\n---\n", None),
         ("---\nlicense: [a\n---\n", None),

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from solera_core.errors import ConfigError
 from solera_core.strict import Strict, did_you_mean, load_yaml, parse
@@ -177,3 +177,24 @@ def test_text_that_is_no_yaml(text: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"r\.yml: not valid YAML: "):
         load_yaml(file)
+
+
+def test_an_unknown_key_does_not_hide_what_is_wrong_with_the_whole() -> None:
+    class Whole(Strict):
+        low: int = 0
+        high: int = 1
+
+        @model_validator(mode="after")
+        def _ordered(self) -> "Whole":
+            if self.low > self.high:
+                raise ValueError("low: is above high")
+            return self
+
+    data = {"low": 5, "hihg": 9}
+    with pytest.raises(ConfigError) as caught:
+        parse(Whole, data, where="r.yml")
+    assert str(caught.value).splitlines() == [
+        "r.yml: hihg: unknown key (did you mean 'high'?)",
+        "r.yml: low: is above high",
+    ]
+    assert data == {"low": 5, "hihg": 9}

@@ -391,3 +391,43 @@ def test_config_is_not_changed(recipe: Recipe, siblings: Siblings) -> None:
     before = config.model_dump_json()
     make_plan(config, Context(models=siblings))
     assert config.model_dump_json() == before
+
+
+def edit_tensors(path: Path, part: str, value: Any) -> None:
+    """Replace the tensors with `part` in their name."""
+    edit_weights(path, lambda tensors: tensors.update({name: value for name in tensors if part in name}))
+
+
+def test_every_problem_of_every_phase_is_said_at_once(refused: Refused, damaged: Path) -> None:
+    """Heads, shapes, a tensor that is missing, a filter, a weight and a tokenizer: one run, all of them."""
+    edit_config(damaged, num_attention_heads=2)
+    edit_tensors(damaged, "up_proj", np.ones((7, 32), np.float32))
+    edit_weights(damaged, lambda tensors: tensors.pop("model.norm.weight"))
+    message = refused(
+        CheckpointError,
+        **LINEAR | {"parameters": {"weight": [{"filter": "self_atn", "value": 1}, {"filter": "mlp", "value": 1}]}},
+        models=["b", "damaged"],
+        tokenizer_source="c",
+    )
+    for words in (
+        "`num_attention_heads` is 4 and 2",
+        "'model.layers.0.mlp.up_proj.weight' is (48, 32)",
+        "is (7, 32): shapes differ (and those of 1 more tensors)",
+        "has no tensor 'model.norm.weight', which",
+        "filter 'self_atn' matches no tensor",
+        "linear needs `weight` for 'b' (for ",
+        "tokenizer_source: 'c' is none of the models",
+    ):
+        assert words in message
+    assert len(message.splitlines()) == 7  # `weight` is missing for both models
+
+
+def test_models_that_are_missing_do_not_hide_what_is_wrong_with_the_others(refused: Refused, damaged: Path) -> None:
+    edit_config(damaged, hidden_act="gelu")
+    message = refused(
+        CheckpointError,
+        **LINEAR | {"parameters": {"weight": [{"filter": "self_atn", "value": 1}]}},
+        models=["none", "b", "nowhere", "damaged"],
+    )
+    for words in ("'none' not found", "'nowhere' not found", "`hidden_act` is", "filter 'self_atn' matches no tensor"):
+        assert words in message

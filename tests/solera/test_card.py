@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from solera.assemble import Evidence, prepare
-from solera.licences import read_front_matter
 from solera.publish import CardConfig, PublishConfig
 from solera_core.context import Context
+from solera_core.licence import read_front_matter
 
 
 def card_of(directory: Path, evidence: Evidence | None = None, ctx: Context | None = None, **settings: Any) -> str:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from solera.licences import LICENCES, Licence, check_licence_id, family, read_front_matter, read_licence, settle
+from solera.licences import check_licence_id, settle
 from solera_core.errors import ConfigError, InputError
+from solera_core.licence import LICENCES, Licence, concerns, family, read_front_matter, read_licence
 
 
 def parents(*ids: str | None) -> list[Licence]:
@@ -144,3 +145,18 @@ def test_reading_a_card(tmp_path: Path) -> None:
 def test_front_matter_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "README.md").write_text(text)
     assert read_front_matter(tmp_path / "README.md") == {}
+
+
+def test_concerns_before_a_merge() -> None:
+    def of(*ids: str | None) -> list[str]:
+        return concerns([Licence(f"m{i}", licence) for i, licence in enumerate(ids)])
+
+    assert of("apache-2.0", "mit", None) == []
+    assert of("cc-by-nc-4.0", "cc-by-nc-4.0") == []  # all agree
+    assert of("apache-2.0", "cc-by-nc-4.0") == [
+        "licence of m1: cc-by-nc-4.0 is for non-commercial use, and so is what is merged from it, whatever the other "
+        "models allow"
+    ]
+    assert "allows no derivatives" in of("cc-by-nd-4.0")[0]
+    assert of("gemma", "gemma", "apache-2.0") == []
+    assert "m0 (gemma), m1 (llama3.1) have terms that each must be passed on" in of("gemma", "llama3.1")[0]

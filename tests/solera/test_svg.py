@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from solera.drawing import shorten
 from solera.results import format_bytes, format_value
-from solera.svg import Node, Point, dominated, lineage_list, lineage_wide, scatter, shorten
+from solera.svg import Node, Point, dominated, lineage_list, lineage_wide, scatter
 
 Box = tuple[float, float, float, float]
 
