@@ -212,6 +212,37 @@ def _other(name: str) -> str:
     return f"{prefix}.experts.{1 - int(rest[0])}{rest[1:]}"
 
 
+def test_the_loss_reaches_the_router_only_with_two_experts_a_token(mixed: dict[str, Any]) -> None:
+    """T9: with one expert and renormalised weights the weight is always 1, so nothing can be learned from it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    target = TARGETS[mixed["target"]]
+    ids = torch.arange(40)[None]
+    for top_k in (1, 2):
+        model = auto.from_pretrained(mixed["out"], dtype=torch.float32)
+        routers = [target.router_module(model, layer) for layer in (0, 1)]
+        for router in routers:
+            router.top_k = top_k
+        model(input_ids=ids, labels=ids).loss.backward()
+        norms = [float(router.weight.grad.norm()) for router in routers]
+        assert max(norms) <= 1e-6 if top_k == 1 else min(norms) > 1e-5, norms
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "granite tied"])
+def test_a_narrower_expert_is_padded_exactly(
+    tmp_path: Path, make_model: Callable[..., Path], build: Build, name: str
+) -> None:
+    """T5: the build compares each with the specialist at its own width."""
+    target, config = CASES[name]
+    base = make_model(tmp_path / "base", **config)
+    wide = make_model(tmp_path / "wide", seed=1, intermediate_size=64, **config)
+    identity = checks_of(build(tmp_path / "moe", base, {"base": base, "wide": wide}, target=target))["identity"]
+    assert identity["ffn_distance"] == {"base": 0.0, "wide": None}
+    assert max(identity["specialists"].values()) <= 1e-5
+
+
 # --- fitted routers, adapters, widths, number formats
 
 
