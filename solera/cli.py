@@ -101,7 +101,16 @@ def _stage_command(kind: str, summary: str) -> Callable[..., None]:
 
 
 def _stage(
-    kind: str, config: Path, out: Path, *, dry_run: bool, as_json: bool, seed: int | None, quiet: bool, **options: Any
+    kind: str,
+    config: Path,
+    out: Path,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    seed: int | None,
+    quiet: bool,
+    keep_intermediate: Path | None = None,
+    **options: Any,
 ) -> None:
     """Plan or run one stage; `options` are fields of the context."""
     from solera.stages import all_problems, plan_stage, read_stage, run_stage
@@ -112,6 +121,10 @@ def _stage(
         parsed, base_dir = read_stage(kind, config)
     except ConfigError as e:
         raise all_problems(kind, config, e, _context(Path(), seed, quiet, **options)) from e
+    if keep_intermediate is not None:
+        if "documents" not in type(parsed).model_fields:
+            raise ConfigError(f"--keep-intermediate: {config} holds a single merge, which makes nothing in between")
+        parsed = parsed.model_copy(update={"keep_intermediate": keep_intermediate})
     ctx = _context(base_dir, seed, quiet, **options)
     check_target(out, overwrite=ctx.overwrite)
     if dry_run:
@@ -167,6 +180,12 @@ def merge_command(
     no_reload_check: Annotated[
         bool, typer.Option("--no-reload-check", help="Do not load the output through transformers.")
     ] = False,
+    keep_intermediate: Annotated[
+        Path | None,
+        typer.Option(
+            "--keep-intermediate", help="Where to keep what the named documents of the file make (default: nowhere)."
+        ),
+    ] = None,
     no_fsync: Annotated[
         bool, typer.Option("--no-fsync", help="Do not wait for the disk: a power cut soon after may lose the output.")
     ] = False,
@@ -195,6 +214,7 @@ def merge_command(
         attest=attest,
         reload_check=not no_reload_check,
         flush=not no_fsync,
+        keep_intermediate=keep_intermediate,
     )
 
 

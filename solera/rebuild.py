@@ -7,14 +7,15 @@ from typing import Any
 
 from solera.assemble import is_evidence
 from solera.recipe_dir import read_recipe_dir
-from solera.stages import KINDS, plan_stage, run_stage, stage_config
+from solera.stages import KINDS, parse_settings, plan_stage, run_stage
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.digest import file_sha256
 from solera_core.errors import CheckpointError
 from solera_core.plan import Plan
 from solera_core.provenance import FILE_NAME, read_provenance
-from solera_core.strict import Strict, parse
+from solera_core.raw import open_values
+from solera_core.strict import Strict
 
 __all__ = ["Rebuilt", "plan_rebuild", "rebuild"]
 
@@ -46,7 +47,8 @@ def rebuild(directory: Path, ctx: Context) -> Rebuilt:
     problems: list[str] = []
     for item in record["inputs"]:
         if item["digest"].startswith(("blake3:", "sampled:")):
-            checkpoint = open_checkpoint(item["ref"], here)
+            opened = open_values if record["kind"] == "merge" else open_checkpoint
+            checkpoint = opened(item["ref"], here)
             now = checkpoint.digest() if item["digest"].startswith("blake3:") else checkpoint.identity()
             if now != item["digest"]:
                 problems.append(f"input {item['ref']} has changed: {item['digest'][:23]}... then, {now[:23]}... now")
@@ -87,7 +89,7 @@ def _prepare(directory: Path, ctx: Context) -> tuple[dict[str, Any], Strict, Con
         base_dir=read_recipe_dir(directory) or ctx.base_dir,
         compat=record.get("compat", {}).get("with"),
     )
-    return record, parse(stage_config(kind), record["recipe"], where=f"{directory}/solera.json: recipe"), here
+    return record, parse_settings(kind, record["recipe"], where=f"{directory}/solera.json: recipe"), here
 
 
 def _differences(a: Path, b: Path) -> list[str]:

@@ -37,7 +37,7 @@ def write_skeleton(stage: Stage, directory: Path, ctx: Context) -> None:
             from solera_merge.plan import make_plan
 
             plan, _ = make_plan(config, ctx)
-            _write(directory, plan.config, plan.specs, plan.sidecars)
+            _write(directory, plan.config, plan.specs, plan.sidecars, plan.files)
         case "moe":
             from solera_merge.moe.inputs import open_inputs
             from solera_merge.moe.targets.target import Sizes
@@ -55,13 +55,20 @@ def write_skeleton(stage: Stage, directory: Path, ctx: Context) -> None:
             pass
 
 
-def _write(directory: Path, config: Mapping[str, Any], specs: Iterable[TensorSpec], sidecars: Iterable[Path]) -> None:
+def _write(
+    directory: Path,
+    config: Mapping[str, Any],
+    specs: Iterable[TensorSpec],
+    sidecars: Iterable[Path],
+    files: Mapping[str, bytes] | None = None,
+) -> None:
     directory.mkdir(parents=True)
     (shard,) = layout(list(specs), shard_bytes=1 << 62)
     file = directory / shard.file
     file.write_bytes(shard.header)
     os.truncate(file, shard.nbytes)
-    write_metadata(directory, config=config, sidecars=sidecars)
+    if config:  # files of weights have none
+        write_metadata(directory, config=config, sidecars=sidecars, files=files)
 
 
 def _write_like(directory: Path, model: Checkpoint, dtype: str | None, keep: list[int] | None = None) -> None:

@@ -235,4 +235,5 @@ def _digest(
 ) -> str:
     if not stored:
         return json_digest({"files": files})
-    return checkpoint_digest(read_config(directory, trust_remote_code=True), stored.values(), digests)
+    config = read_config(directory, trust_remote_code=True) if (directory / "config.json").exists() else {}
+    return checkpoint_digest(config, stored.values(), digests)

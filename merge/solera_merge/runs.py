@@ -45,7 +45,6 @@ class Run:
         length: number of layers.
         method: how they are made.
         levels: parameters of the slice and of the module, before the global ones.
-        named_base: position of the base that the recipe names, whether or not the method has one.
     """
 
     sources: tuple[Source, ...]
@@ -53,7 +52,6 @@ class Run:
     length: int
     method: Method
     levels: tuple[Mapping[str, Any], ...]
-    named_base: int | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def _run(
         if source.model == base and source.parameters:
             named = some(list(source.parameters))
             problems.config(f"{source.where}.parameters: {named} has no effect on the base of {method.name}; remove it")
-    return Run(tuple(sources), base, length, method, levels, None if base_ref is None else models.index[base_ref])
+    return Run(tuple(sources), base, length, method, levels)
 
 
 def _wanted(method: Method) -> str:
