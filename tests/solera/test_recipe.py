@@ -53,7 +53,7 @@ def test_variables_are_filled_and_can_be_overridden() -> None:
         (recipe({"a": {"tun": {}}}), "stages.a: unknown kind of stage 'tun' (did you mean 'tune'?)"),
         (recipe({"a": {"tune": {}, "merge": {}}}), "a stage is one kind with its settings"),
         (recipe({"a": tune("b", tokns="1k")}), "stages.a.tune: tokns: unknown key (did you mean 'tokens'?)"),
-        (recipe({"a/b": tune("b")}), "a stage's name is letters, digits, - and _"),
+        (recipe({"a/b": tune("b")}), "a stage's name is letters, digits, ., - and _"),
         (recipe({"a": tune("b"), "b": tune("a")}), "in a circle: a -> b -> a"),
         (recipe({"a": tune("${rot}/x")}, vars={"root": "."}), "${rot}: no such variable (did you mean 'root'?)"),
         (recipe({"a": tune("b")}, report={"moe": "c"}), "report.moe: 'c' is neither a stage nor evaluated"),
