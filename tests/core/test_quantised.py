@@ -380,6 +380,14 @@ def test_the_view_has_no_quantisation_and_says_so(opened: Open) -> None:
     assert stored.as_stored
 
 
+def test_scales_of_activations_are_left_out_and_others_are_not(opened: Open) -> None:
+    tensors = {"a.weight": f8(4, 4), "a.weight_scale": scale(1), "a.input_scale": scale(1), "a.k_scale": scale(1)}
+    tensors |= {"experts.up_proj_input_scale": scale(1), "b.block_scale": scale(4), "logit_scale": scale()}
+    model = opened(tensors, "fp8")
+    assert sorted(model.tensors) == ["a.weight", "b.block_scale", "logit_scale"]
+    assert model.notes[0].endswith("; 3 scales of activations are left out")
+
+
 def test_where_the_config_names_no_dtype_it_is_bfloat16(opened: Open) -> None:
     tensors = {"a.weight": f8(4, 4), "a.weight_scale_inv": scale(1)}
     assert opened(tensors, "fp8", config={"dtype": None}).tensors["a.weight"].dtype == "BF16"
