@@ -292,7 +292,7 @@ def written(tmp_path: Path, models: dict[str, str]) -> Callable[[str], Path]:
 
     def write(name: str) -> Path:
         text = FILES.get(name) or BY_METHOD[name]
-        if text.startswith("merge_method") and "{" == text.splitlines()[2][:1]:  # flow style: one mapping
+        if text.startswith("merge_method") and text.splitlines()[2][:1] == "{":  # flow style: one mapping
             first, second, *rest = text.splitlines()
             text = "{" + f"{first}, {second}, " + "\n".join(rest)[1:]
         else:
