@@ -96,11 +96,10 @@ def run(
 
 
 def _stage(kind: str, config: Settings, out: str | Path, **options: Any) -> Path:
-    from solera.stages import read_stage, run_stage, stage_config
-    from solera_core.strict import parse
+    from solera.stages import parse_settings, read_stage, run_stage
 
     if isinstance(config, Mapping):
-        parsed, base_dir = parse(stage_config(kind), config, where=kind), Path()
+        parsed, base_dir = parse_settings(kind, config, where=kind), Path()
     else:
         parsed, base_dir = read_stage(kind, Path(config))
     return run_stage(kind, parsed, Path(out), Context(base_dir=base_dir, **options))

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from solera_core.checkpoint import Checkpoint, open_checkpoint
+from solera_core.checkpoint import Checkpoint
 from solera_core.context import Context
 from solera_core.diff import Diff, diff
 from solera_core.errors import CheckpointError, ConfigError, InputError
+from solera_core.raw import open_values
 
 __all__ = ["compare", "open_all", "refs_of"]
 
@@ -37,7 +38,7 @@ def open_all(refs: Sequence[str], ctx: Context) -> list[Checkpoint]:
     problems: list[InputError] = []
     for ref in refs:
         try:
-            opened.append(open_checkpoint(ref, ctx, weights="later"))
+            opened.append(open_values(ref, ctx, weights="later"))
         except InputError as e:
             problems.append(e)
     if problems:

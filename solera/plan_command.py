@@ -12,7 +12,7 @@ from solera_core.context import Context
 from solera_core.errors import ConfigError
 from solera_core.hub import split_adapter
 from solera_core.plan import Plan
-from solera_core.strict import load_yaml
+from solera_core.strict import load_yaml_documents
 from solera_merge.config import MergeConfig
 
 __all__ = ["is_settings", "kind_of_settings", "plan_models", "plan_settings", "print_advice"]
@@ -29,7 +29,9 @@ def kind_of_settings(file: Path) -> str:
     Raises:
         ConfigError: none that can be told by its keys.
     """
-    content = load_yaml(file)
+    content, *more = load_yaml_documents(file) or [None]
+    if more:
+        return "merge"  # only merges come in several documents
     keys = set(content) if isinstance(content, Mapping) else set[str]()
     if len(keys) == 1 and (only := str(next(iter(keys)))) in KINDS:
         return only

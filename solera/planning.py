@@ -38,7 +38,7 @@ def plan_stages(recipe: Recipe, out: Path, ctx: Context, *, made: Mapping[str, P
     with tempfile.TemporaryDirectory(prefix="solera-plan-") as scratch:
         known: dict[str, Path] = {}
         for stage in recipe.stages:
-            here = replace(ctx, seed=recipe.seed, base_dir=recipe.base_dir, models=dict(known))
+            here = replace(ctx, seed=recipe.seed, base_dir=recipe.base_dir, models={**ctx.models, **known})
             waiting = [name for name in recipe.inputs(stage) if name not in known]
             if waiting:  # for a stage that was refused
                 continue

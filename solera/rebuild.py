@@ -7,14 +7,17 @@ from typing import Any
 
 from solera.assemble import is_evidence
 from solera.recipe_dir import read_recipe_dir
-from solera.stages import KINDS, plan_stage, run_stage, stage_config
+from solera.stages import KINDS, parse_settings, plan_stage, run_stage
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.digest import file_sha256
 from solera_core.errors import CheckpointError
+from solera_core.hub import resolve, split_adapter
+from solera_core.lora import is_adapter, open_stored
 from solera_core.plan import Plan
 from solera_core.provenance import FILE_NAME, read_provenance
-from solera_core.strict import Strict, parse
+from solera_core.raw import is_weight_file, open_values
+from solera_core.strict import Strict
 
 __all__ = ["Rebuilt", "plan_rebuild", "rebuild"]
 
@@ -46,8 +49,8 @@ def rebuild(directory: Path, ctx: Context) -> Rebuilt:
     problems: list[str] = []
     for item in record["inputs"]:
         if item["digest"].startswith(("blake3:", "sampled:")):
-            checkpoint = open_checkpoint(item["ref"], here)
-            now = checkpoint.digest() if item["digest"].startswith("blake3:") else checkpoint.identity()
+            sampled = item["digest"].startswith("sampled:")
+            now = _digest_now(item["ref"], here, merged=record["kind"] == "merge", sampled=sampled)
             if now != item["digest"]:
                 problems.append(f"input {item['ref']} has changed: {item['digest'][:23]}... then, {now[:23]}... now")
     if problems:
@@ -57,6 +60,14 @@ def rebuild(directory: Path, ctx: Context) -> Rebuilt:
         again = run_stage(record["kind"], config, Path(scratch) / "again", here)
         problems = _release_differences(directory, again) if evidence else _differences(directory, again)
     return Rebuilt(tuple(problems), evidence)
+
+
+def _digest_now(ref: str, ctx: Context, *, merged: bool, sampled: bool) -> str:
+    whole = split_adapter(ref, ctx) is None and not is_weight_file(ref, ctx)
+    if whole and is_adapter(resolve(ref, ctx, weights="later").path):
+        return open_stored(ref, ctx).digest()
+    checkpoint = open_values(ref, ctx) if merged else open_checkpoint(ref, ctx)
+    return checkpoint.identity() if sampled else checkpoint.digest()
 
 
 def plan_rebuild(directory: Path, ctx: Context) -> Plan:
@@ -78,7 +89,7 @@ def _prepare(directory: Path, ctx: Context) -> tuple[dict[str, Any], Strict, Con
     siblings = {
         p.name: p
         for p in directory.absolute().parent.iterdir()
-        if (p / "config.json").exists() and p != directory.absolute()
+        if ((p / "config.json").exists() or is_adapter(p)) and p != directory.absolute()
     }
     here = replace(
         ctx,
@@ -87,7 +98,7 @@ def _prepare(directory: Path, ctx: Context) -> tuple[dict[str, Any], Strict, Con
         base_dir=read_recipe_dir(directory) or ctx.base_dir,
         compat=record.get("compat", {}).get("with"),
     )
-    return record, parse(stage_config(kind), record["recipe"], where=f"{directory}/solera.json: recipe"), here
+    return record, parse_settings(kind, record["recipe"], where=f"{directory}/solera.json: recipe"), here
 
 
 def _differences(a: Path, b: Path) -> list[str]:

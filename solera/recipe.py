@@ -27,7 +27,7 @@ from solera_core.strict import Strict, did_you_mean, load_yaml, parse
 
 __all__ = ["Recipe", "RecipeFile", "ReportConfig", "load_recipe", "parse_recipe"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -106,7 +106,7 @@ def parse_recipe(
     for name, node in written.stages.items():
         if not _NAME.match(name):
             raise ConfigError(
-                f"{where}: stages.{name}: a stage's name is letters, digits, - and _, for it names a directory"
+                f"{where}: stages.{name}: a stage's name is letters, digits, ., - and _, for it names a directory"
             )
         filled = _substitute(node, values, f"{where}: stages.{name}")
         stages[name] = parse_stage(name, filled, where=f"{where}: stages.{name}")

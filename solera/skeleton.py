@@ -37,17 +37,17 @@ def write_skeleton(stage: Stage, directory: Path, ctx: Context) -> None:
             from solera_merge.plan import make_plan
 
             plan, _ = make_plan(config, ctx)
-            _write(directory, plan.config, plan.specs, plan.sidecars)
+            _write(directory, plan.config, plan.specs, plan.sidecars, plan.files)
         case "moe":
             from solera_merge.moe.inputs import open_inputs
-            from solera_merge.moe.mixtral import moe_config
+            from solera_merge.moe.targets.target import Sizes
             from solera_merge.moe.write import moe_specs, torch_dtype_name
 
             inputs = open_inputs(config, ctx)
             trunk, experts, width = inputs.trunk, len(inputs.experts), inputs.width
             dtype = torch_dtype_name(trunk, config.dtype)
-            content = moe_config(trunk.fields, experts=experts, top_k=config.top_k, width=width, dtype=dtype)
-            specs = moe_specs(trunk, experts=experts, width=width, dtype=config.dtype)
+            content = inputs.target.config(trunk.fields, Sizes(experts, config.top_k, width), dtype=dtype)
+            specs = moe_specs(inputs.target, trunk, experts=experts, width=width, dtype=config.dtype)
             _write(directory, content, specs, trunk.checkpoint.sidecars)
         case "distill":
             _write_student(directory, open_checkpoint(config.student.from_, ctx), config)
@@ -55,13 +55,20 @@ def write_skeleton(stage: Stage, directory: Path, ctx: Context) -> None:
             pass
 
 
-def _write(directory: Path, config: Mapping[str, Any], specs: Iterable[TensorSpec], sidecars: Iterable[Path]) -> None:
+def _write(
+    directory: Path,
+    config: Mapping[str, Any],
+    specs: Iterable[TensorSpec],
+    sidecars: Iterable[Path],
+    files: Mapping[str, bytes] | None = None,
+) -> None:
     directory.mkdir(parents=True)
     (shard,) = layout(list(specs), shard_bytes=1 << 62)
     file = directory / shard.file
     file.write_bytes(shard.header)
     os.truncate(file, shard.nbytes)
-    write_metadata(directory, config=config, sidecars=sidecars)
+    if config:  # files of weights have none
+        write_metadata(directory, config=config, sidecars=sidecars, files=files)
 
 
 def _write_like(directory: Path, model: Checkpoint, dtype: str | None, keep: list[int] | None = None) -> None:

@@ -14,13 +14,14 @@ from solera_core.context import Context
 from solera_core.data import DataSource
 from solera_core.errors import ConfigError
 from solera_core.plan import Plan
-from solera_core.strict import Strict, did_you_mean, load_yaml, parse
+from solera_core.strict import Strict, did_you_mean, load_yaml, load_yaml_documents, parse
 
 __all__ = [
     "KINDS",
     "References",
     "Stage",
     "all_problems",
+    "parse_settings",
     "parse_stage",
     "plan_stage",
     "read_stage",
@@ -110,15 +111,35 @@ def read_stage(kind: str, file: Path) -> tuple[Strict, Path]:
     """The settings of one stage from a file of its own, and the directory its paths are relative to.
 
     The file holds the settings, or a recipe's node (`{kind: {...}}`) as it stands under `stages:`. Paths are relative
-    to the file; merge configs follow mergekit, where they are relative to where one stands.
+    to the file; mergekit's own configs (of a merge or a MoE) follow it: relative to where one stands.
 
     Raises:
         ConfigError: naming file and key.
     """
-    settings = load_yaml(file)
-    if isinstance(settings, Mapping) and set(settings) == {kind}:
-        settings = settings[kind]
-    return parse(stage_config(kind), settings, where=str(file)), Path() if kind == "merge" else file.parent
+    documents = load_yaml_documents(file) if kind == "merge" else [load_yaml(file)]
+    if len(documents) > 1:
+        settings: Any = {"documents": documents}
+    else:
+        settings = documents[0] if documents else None
+        if isinstance(settings, Mapping) and set(settings) == {kind}:
+            settings = settings[kind]
+        if kind == "merge" and isinstance(settings, Mapping):  # the only one needs no name, but may have one
+            settings = {key: value for key, value in settings.items() if key != "name"}
+    here = kind == "merge" or (kind == "moe" and isinstance(settings, Mapping) and "base_model" in settings)
+    return parse_settings(kind, settings, where=str(file)), Path() if here else file.parent
+
+
+def parse_settings(kind: str, settings: Any, *, where: str) -> Strict:
+    """The settings of one stage; of a merge also several `documents`.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if kind == "merge" and isinstance(settings, Mapping) and "documents" in settings:
+        from solera.documents import DocumentsConfig
+
+        return parse(DocumentsConfig, settings, where=where)
+    return parse(stage_config(kind), settings, where=where)
 
 
 def all_problems(kind: str, file: Path, found: ConfigError, ctx: Context) -> ConfigError:
@@ -144,19 +165,19 @@ def all_problems(kind: str, file: Path, found: ConfigError, ctx: Context) -> Con
 
 def plan_stage(kind: str, config: Strict, ctx: Context) -> Plan:
     """What the stage will read, write and need, from headers and file sizes alone."""
-    return _functions(kind)[0](config, ctx)
+    return _functions(kind, config)[0](config, ctx)
 
 
 def run_stage(kind: str, config: Strict, out: Path, ctx: Context) -> Path:
     """Run one stage; `out` is whole and checked when this returns, and does not exist when it raises."""
-    return _functions(kind)[1](config, out, ctx)
+    return _functions(kind, config)[1](config, out, ctx)
 
 
 _Plan = Callable[[Any, Context], Plan]
 _Run = Callable[[Any, Path, Context], Path]
 
 
-def _functions(kind: str) -> tuple[_Plan, _Run]:
+def _functions(kind: str, config: Strict) -> tuple[_Plan, _Run]:
     match kind:
         case "init":
             from solera_distill.run import init, plan_init
@@ -170,6 +191,10 @@ def _functions(kind: str) -> tuple[_Plan, _Run]:
             from solera_distill.run import distill, plan_distill
 
             return plan_distill, distill
+        case "merge" if "documents" in type(config).model_fields:
+            from solera.documents import merge_documents, plan_documents
+
+            return plan_documents, merge_documents
         case "merge":
             from solera_merge.run import merge, plan_merge
 

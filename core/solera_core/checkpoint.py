@@ -8,7 +8,7 @@ import copy
 import json
 import re
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,12 @@ class Checkpoint:
         revision: the hub commit, where it came from the hub.
         tensors: what is stored, in order of (file, offset). A head that only repeats tied embeddings is left out.
         sidecars: tokenizer, chat template, generation config and processor files.
+        notes: what a plan should say about how it is read (of a view).
+        as_stored: config, names and shapes are those of the files, so that these can be loaded in its place.
     """
+
+    notes: tuple[str, ...] = ()
+    as_stored: bool = True
 
     def __init__(
         self,
@@ -128,6 +133,16 @@ class Checkpoint:
         """
         info, stop = self._range(name, start, stop)
         return self._source.read_raw(info, start, stop)
+
+    def read_small(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The stored bytes of small tensors, by name; on the hub by range requests, before `fetch`.
+
+        Raises:
+            HubError: the hub cannot be reached or refuses.
+        """
+        if isinstance(self._source, RemoteSource):
+            return self._source.peek([self.tensors[name] for name in names])
+        return {name: self.read_raw(name).tobytes() for name in names}
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """A whole tensor as float32, shaped."""
@@ -211,7 +226,7 @@ class Checkpoint:
         return info, stop
 
 
-def open_checkpoint(ref: str | Path, ctx: Context, *, weights: When = "now") -> Checkpoint:
+def open_checkpoint(ref: str | Path, ctx: Context, *, weights: When = "now", dequantise: bool = False) -> Checkpoint:
     """Open a model for reading: config and headers are read and checked, weights are not.
 
     Args:
@@ -220,22 +235,25 @@ def open_checkpoint(ref: str | Path, ctx: Context, *, weights: When = "now") -> 
         ctx: where names resolve, and whether pickles and remote code are allowed.
         weights: "later": those of a model on the hub stay there until `Checkpoint.fetch`; config, tokenizer and
             headers are enough to open it. Adapters and pickles are downloaded at once.
+        dequantise: a quantised model is seen as the weights that its codes stand for; else as it is stored.
 
     Raises:
-        CheckpointError: not found, not a checkpoint, damaged, pickled or with remote code without permission.
+        CheckpointError: not found, not a checkpoint, damaged, pickled or with remote code without permission; or
+            quantised in a way that cannot be undone.
         HubError: the hub cannot be reached.
     """
     try:
-        return _open(ref, ctx, weights)
+        return _open(ref, ctx, weights, dequantise=dequantise)
     except OSError as e:
         raise CheckpointError(f"{e.filename or ref}: cannot be read: {e.strerror}") from e
 
 
-def _open(ref: str | Path, ctx: Context, weights: When) -> Checkpoint:
+def _open(ref: str | Path, ctx: Context, weights: When, *, dequantise: bool) -> Checkpoint:
     if (parts := split_adapter(ref, ctx)) is not None:
         from solera_core.adapters import lay_over
 
-        return lay_over(open_checkpoint(parts[0], ctx, weights=weights), parts[1], ctx, ref=str(ref))
+        base = open_checkpoint(parts[0], ctx, weights=weights, dequantise=dequantise)
+        return lay_over(base, parts[1], ctx, ref=str(ref))
     located = resolve(ref, ctx, weights=weights)
     config = read_config(located.path, trust_remote_code=ctx.trust_remote_code)
     if (listing := located.listing) is None:
@@ -245,7 +263,7 @@ def _open(ref: str | Path, ctx: Context, weights: When) -> Checkpoint:
         source = RemoteSource(listing, find_weights(located.path, allow_pickle=ctx.allow_pickle, names=names))
     if not source.tensors:
         raise CheckpointError(f"{located.path}: holds no tensors")
-    return Checkpoint(
+    checkpoint = Checkpoint(
         ref=str(ref),
         path=located.path,
         revision=located.revision,
@@ -254,6 +272,11 @@ def _open(ref: str | Path, ctx: Context, weights: When) -> Checkpoint:
         source=source,
         sidecars=find_sidecars(located.path, code=ctx.trust_remote_code),
     )
+    if not dequantise:
+        return checkpoint
+    from solera_core.quantised.catalogue import dequantised
+
+    return dequantised(checkpoint)
 
 
 def locate(ref: str | Path, ctx: Context) -> Path:
@@ -284,7 +307,12 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> dict[str
         if (directory / "adapter_config.json").exists():
             raise CheckpointError(
                 f"{directory}: is a LoRA adapter, not a model; write <model>+{directory.name}, "
-                "behind the model that it was made for"
+                "behind the model that it was made for, or add `adapter: {}` to the recipe to merge adapters into one"
+            )
+        if any(directory.glob("*.gguf")):
+            raise CheckpointError(
+                f"{directory}: holds GGUF weights, which are quantised in llama.cpp's own ways and layout and cannot "
+                "be read; use the checkpoint that they were made from"
             )
         raise CheckpointError(f"{directory}: not a checkpoint: it has no config.json")
     try:

@@ -33,7 +33,7 @@ ITEM_BYTES: Final = {
 """Bytes an element, by safetensors name. Formats of less than a byte (F4, F6) are not read."""
 
 FLOATS: Final = ("F32", "F16", "BF16", "F64")
-"""The formats in which solera computes; every other is moved as bytes only."""
+"""The formats in which models are merged; every other is moved as bytes, or dequantised (`solera_core.quantised`)."""
 
 SAFETENSORS_NAME: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 """From torch's and transformers' spelling."""
@@ -42,12 +42,35 @@ Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 
+def _e4m3() -> Float32:
+    """The 256 values of the E4M3FN format (arXiv 2209.05433): no infinity, S.1111.111 is NaN."""
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    magnitude[(code & 0x7F) == 0x7F] = np.nan
+    return np.where(code < 128, magnitude, -magnitude).astype(np.float32)
+
+
+def _e8m0() -> Float32:
+    """The 256 values of the E8M0 format (OCP Microscaling Formats 1.0): powers of two from 2^-127, 255 is NaN."""
+    values = 2.0 ** (np.arange(256) - 127.0)
+    values[255] = np.nan
+    return values.astype(np.float32)
+
+
+_ONE_BYTE: Final = {
+    "F8_E4M3": _e4m3(),
+    "F8_E5M2": (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float32),  # the upper half of F16
+    "F8_E8M0": _e8m0(),
+}
+
+
 def to_float32(raw: Bytes, dtype: str) -> Float32:
-    """The float32 values of stored bytes; exact for F32, F16 and BF16, rounded to nearest even for F64.
+    """The float32 values of stored bytes; exact, but for F64, which is rounded to nearest even.
 
     Args:
         raw: contiguous bytes, a whole number of elements.
-        dtype: one of `FLOATS`.
+        dtype: one of `FLOATS`, or F8_E4M3, F8_E5M2, F8_E8M0.
     """
     match dtype:
         case "F32":
@@ -62,6 +85,8 @@ def to_float32(raw: Bytes, dtype: str) -> Float32:
             # Beyond float32 becomes inf, which the finite check of the writer names; signalling NaN becomes quiet NaN.
             with np.errstate(over="ignore", invalid="ignore"):
                 return raw.view(np.float64).astype(np.float32)
+        case "F8_E4M3" | "F8_E5M2" | "F8_E8M0":
+            return _ONE_BYTE[dtype][raw]
         case _:
             raise CheckpointError(
                 f"numbers stored as {dtype} cannot be computed with (only {', '.join(FLOATS)}); "

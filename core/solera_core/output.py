@@ -28,6 +28,7 @@ from solera_core.towers import count_keys, layer_count, tower_config, towers_of
 __all__ = [
     "InputRecord",
     "check_output",
+    "check_weights",
     "data_record",
     "input_record",
     "verify",
@@ -64,13 +65,10 @@ def check_output(directory: Path, *, reload: bool = True, trust_remote_code: boo
     config = read_config(directory, trust_remote_code=trust_remote_code)
     tensors = read_headers(find_weights(directory, allow_pickle=False))
     checks: dict[str, Any] = {
-        "tensors": len(tensors),
-        "parameters": sum(t.size for t in tensors.values()),
-        "bytes": sum(t.nbytes for t in tensors.values()),
+        **_sizes(tensors),
         "layers": _check_layers(directory, config, tensors),
         "vocab_size": _check_vocabulary(directory, config, tensors),
         "tied": _check_tie(directory, config, tensors),
-        "finite": True,  # the writers refuse anything else
     }
     if reload:
         from solera_core.causal_lm import load_report
@@ -79,6 +77,20 @@ def check_output(directory: Path, *, reload: bool = True, trust_remote_code: boo
         require_exact(directory, report)
         checks["transformers"] = dict(sorted(report.items()))
     return checks
+
+
+def check_weights(directory: Path) -> dict[str, Any]:
+    """As `check_output`, of weights without a config: their headers are read and checked again."""
+    return _sizes(read_headers(find_weights(directory, allow_pickle=False)))
+
+
+def _sizes(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    return {
+        "tensors": len(tensors),
+        "parameters": sum(t.size for t in tensors.values()),
+        "bytes": sum(t.nbytes for t in tensors.values()),
+        "finite": True,  # the writers refuse anything else
+    }
 
 
 def _check_layers(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> int | None:

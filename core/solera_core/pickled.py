@@ -37,14 +37,20 @@ _NAMES: Final = {
 
 
 class PickledSource:
-    """Reads ranges of tensors in `.bin` files. An output head that shares the embedding's memory is left out."""
+    """Reads ranges of tensors in `.bin` files.
 
-    def __init__(self, weights: Weights) -> None:
+    Args:
+        weights: the files.
+        bare: a state dict of which no more is known: it may lie under `state_dict`, as trainers save it, and every
+            tensor of it is read. Else an output head that shares the embedding's memory is left out.
+    """
+
+    def __init__(self, weights: Weights, *, bare: bool = False) -> None:
         self._flat: dict[str, torch.Tensor] = {}
         tensors: dict[str, TensorInfo] = {}
         places: dict[str, tuple[int, tuple[int, ...]]] = {}
         for file in weights.files:
-            for name, tensor in _load(file).items():
+            for name, tensor in _load(file, bare=bare).items():
                 if name in tensors:
                     raise CheckpointError(
                         f"{file}: tensor {name!r} is also in {tensors[name].file.name}; the shards are of two models"
@@ -54,7 +60,7 @@ class PickledSource:
                 self._flat[name] = tensor.detach().contiguous().view(-1)
         if weights.weight_map is not None:
             compare_index(weights, {name: info.file.name for name, info in tensors.items()})
-        embeddings = {places[name] for name in tensors if is_embedding(name)}
+        embeddings = set() if bare else {places[name] for name in tensors if is_embedding(name)}
         self.tensors: Mapping[str, TensorInfo] = {
             name: info for name, info in tensors.items() if not (is_head(name) and places[name] in embeddings)
         }
@@ -64,7 +70,7 @@ class PickledSource:
         return np.array(self._flat[info.name][start:stop].view(torch.uint8).numpy())
 
 
-def _load(file: Path) -> dict[str, torch.Tensor]:
+def _load(file: Path, *, bare: bool) -> dict[str, torch.Tensor]:
     try:
         content: Any = _torch_load(file)
     except pickle.UnpicklingError as e:
@@ -74,6 +80,8 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
         ) from e
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
         raise CheckpointError(f"{file}: truncated or not a torch file: {_first_line(e)}") from e
+    if bare and isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file}: holds a {type(content).__name__}, not a mapping of names to tensors")
     odd = [

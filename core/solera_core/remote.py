@@ -5,7 +5,7 @@ the file, against which the header is checked, comes from the hub's list of file
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,19 @@ class RemoteSource:
     def read_raw(self, info: TensorInfo, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Refused: a caller that needs weights must `fetch` first."""
         raise RuntimeError(f"{info.file}: tensor {info.name!r} [{start}, {stop}): not downloaded yet; call fetch()")
+
+    def peek(self, infos: Sequence[TensorInfo]) -> dict[str, bytes]:
+        """The bytes of small tensors, by name: a range request each.
+
+        Raises:
+            HubError: the hub cannot be reached or refuses.
+        """
+
+        def read(info: TensorInfo) -> bytes:
+            return _read(self._listing, info.file.name, info.begin, info.end)
+
+        with ThreadPoolExecutor(_CONNECTIONS, "peek") as pool:
+            return dict(zip([info.name for info in infos], pool.map(read, infos), strict=True))
 
     def fetch(self) -> SafetensorsSource:
         """Download the weights, and open them.

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from solera_core.errors import ConfigError
 
-__all__ = ["Strict", "did_you_mean", "load_yaml", "parse", "without_unknown_keys"]
+__all__ = ["Strict", "did_you_mean", "load_yaml", "load_yaml_documents", "parse", "without_unknown_keys"]
 
 
 class Strict(BaseModel):
@@ -55,6 +55,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def load_yaml(path: Path) -> Any:
     """Read one YAML (or JSON) document. Raises ConfigError naming file and line."""
+    documents = load_yaml_documents(path)
+    if len(documents) > 1:
+        raise ConfigError(f"{path}: holds {len(documents)} documents (`---` stands between them), expected one")
+    return documents[0] if documents else None
+
+
+def load_yaml_documents(path: Path) -> list[Any]:
+    """Read all YAML documents of a file, empty ones left out. Raises ConfigError naming file and line."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as e:
@@ -65,7 +73,10 @@ def load_yaml(path: Path) -> Any:
         loader = _UniqueKeyLoader(text)  # refuses control characters at once
         loader.name = str(path)
         try:
-            return loader.get_single_data()
+            documents: list[Any] = []
+            while loader.check_data():  # type: ignore[no-untyped-call]
+                documents.append(loader.get_data())
+            return [document for document in documents if document is not None]
         finally:
             loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: a date such as 2026-13-45

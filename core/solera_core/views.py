@@ -46,6 +46,7 @@ def view(
     config: Mapping[str, Any] | None = None,
     sidecars: Sequence[Path] | None = None,
     directories: Sequence[Path] = (),
+    notes: Sequence[str] = (),
 ) -> Checkpoint:
     """The same model, seen differently.
 
@@ -58,6 +59,7 @@ def view(
         config: content of config.json (default: the parent's).
         sidecars: tokenizer files and the like (default: the parent's).
         directories: that it is read from besides the parent's.
+        notes: what a plan should say about it.
     """
     return _View(
         parent,
@@ -67,6 +69,7 @@ def view(
         config=parent.config if config is None else config,
         sidecars=parent.sidecars if sidecars is None else sidecars,
         directories=directories,
+        notes=notes,
     )
 
 
@@ -81,6 +84,7 @@ class _View(Checkpoint):
         config: Mapping[str, Any],
         sidecars: Sequence[Path],
         directories: Sequence[Path],
+        notes: Sequence[str],
     ) -> None:
         super().__init__(
             ref=ref,
@@ -98,6 +102,10 @@ class _View(Checkpoint):
         self._seen = dict(tensors)
         self._what = dict(what)
         self._more = tuple(directories)
+        self.notes = (*parent.notes, *notes)
+        shapes = {name: info.shape for name, info in self.tensors.items()}
+        same = shapes == {name: info.shape for name, info in parent.tensors.items()} and self._config == parent._config
+        self.as_stored = parent.as_stored and same
 
     @property
     def directories(self) -> tuple[Path, ...]:

@@ -213,8 +213,9 @@ def _refuse_overlaid(tensors: Sequence[TensorPlan], models: Models, problems: Pr
     overlaid = dict.fromkeys(s.model for s in used if models.checkpoints[s.model].is_derived(s.name))
     for model in overlaid:
         problems.checkpoint(
-            f"{models.ref(model)}: mergekit has peft merge an adapter and merges what peft wrote, which compat does "
-            "not reproduce; save the model with its adapter merged in (merge_and_unload) and name that directory"
+            f"{models.ref(model)}: mergekit has peft merge an adapter and merges what peft wrote, and does not "
+            "dequantise, which compat does not reproduce; save the model with its adapter merged in "
+            "(merge_and_unload), or unquantised (solera merge, merge_method: passthrough), and name that directory"
         )
 
 

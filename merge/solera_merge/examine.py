@@ -6,9 +6,9 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import InputError
+from solera_core.raw import open_values
 from solera_core.strict import without_unknown_keys
 from solera_merge.config import MergeConfig
 from solera_merge.methods.catalogue import METHODS
@@ -35,7 +35,7 @@ def examine(settings: Any, ctx: Context) -> list[str]:
     else:
         for ref in dict.fromkeys(_references(settings)):
             try:
-                open_checkpoint(ref, ctx, weights="later")
+                open_values(ref, ctx, weights="later")
             except InputError as e:
                 problems.add(e)
     return [str(problem) for problem in problems.found]

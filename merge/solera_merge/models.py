@@ -1,20 +1,21 @@
 """The models of a recipe: opened once each, named alike, and compared by what config and tokenizer say."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from solera_core.architecture import num_layers, text_config, ties_embeddings
-from solera_core.checkpoint import Checkpoint, open_checkpoint
+from solera_core.checkpoint import Checkpoint
 from solera_core.context import Context
-from solera_core.errors import CheckpointError, InputError
+from solera_core.errors import InputError
 from solera_core.hub import split_adapter
+from solera_core.raw import is_weight_file, open_values
 from solera_core.towers import Tower, find_tower, stacks_of, tower_config, towers_of
 from solera_merge.alignment import align, counterpart, fill
 from solera_merge.config import MergeConfig, OutputModule
-from solera_merge.problems import Problems
+from solera_merge.problems import Problems, some
 from solera_merge.vocabulary import conflicting_ids
 
 __all__ = ["Models", "compare", "family_of", "open_models"]
@@ -59,6 +60,7 @@ class Models:
         fills: where a model is no whole model of the owner's kind: the owner's tower that it is, and the same in the
             model itself.
         inputs: as opened, under their own names and with their own vocabularies.
+        raw: they are files of weights without a config.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -67,6 +69,7 @@ class Models:
     towers: tuple[tuple[Tower, ...], ...]
     fills: tuple[tuple[Tower, Tower] | None, ...]
     inputs: tuple[Checkpoint, ...]
+    raw: bool = False
 
     def ref(self, model: int) -> str:
         """How the recipe calls a model."""
@@ -76,16 +79,17 @@ class Models:
 def open_models(config: MergeConfig, ctx: Context, problems: Problems) -> Models:
     """Open every model that the recipe names; two references to one directory are one model.
 
-    The weights of models on the hub stay there until `Checkpoint.fetch`. A model that cannot be opened or is quantised
+    The weights of models on the hub stay there until `Checkpoint.fetch`. A model that cannot be opened or dequantised
     is noted as a problem and left out.
     """
     checkpoints: list[Checkpoint] = []
     index: dict[str, int] = {}
     known: dict[tuple[Path, str | None], int] = {}
-    for ref in _references(config):
+    references = _references(config)
+    raw = _are_files(references, config, ctx, problems)
+    for ref in references:
         try:
-            checkpoint = open_checkpoint(ref, ctx, weights="later")
-            _refuse_quantised(checkpoint)
+            checkpoint = open_values(ref, ctx, weights="later")
         except InputError as e:
             problems.add(e)
             continue
@@ -95,7 +99,11 @@ def open_models(config: MergeConfig, ctx: Context, problems: Problems) -> Models
             known[identity] = len(checkpoints)
             checkpoints.append(checkpoint)
         index[ref] = known[identity]
-    return _named_alike(config, checkpoints, index, index.get(config.base_model or "", 0), problems)
+    owner = index.get(config.base_model or "", 0)
+    if raw:
+        towers, opened = tuple(towers_of(checkpoint.tensors) for checkpoint in checkpoints), tuple(checkpoints)
+        return Models(opened, index, owner, towers, (None,) * len(opened), opened, raw=True)
+    return _named_alike(config, checkpoints, index, owner, problems)
 
 
 def compare(models: Models, *, whole: bool, tokenizers: bool) -> list[str]:
@@ -211,6 +219,22 @@ def _tower_sources(config: MergeConfig) -> list[tuple[str, str]]:
     return [(name, ref) for name, part in config.parts.items() if name is not None for ref in _references_of(part)]
 
 
+def _are_files(references: Sequence[str], config: MergeConfig, ctx: Context, problems: Problems) -> bool:
+    """Whether the models are files of weights; notes what is impossible then."""
+    files = [ref for ref in references if is_weight_file(ref, ctx)]
+    if not files:
+        return False
+    if others := [ref for ref in references if ref not in files]:
+        problems.config(
+            f"models: {some(files)} is a file of weights, and {some(others)} is not; merge files with files (tensor by "
+            "tensor, without any config), or whole models with whole models"
+        )
+    for key in ("slices", "modules", "towers", "tokenizer_source", "tokenizer", "chat_template"):
+        if getattr(config, key) is not None:
+            problems.config(f"{key}: files of weights have no config to say what that would mean; leave it out")
+    return True
+
+
 def _references(config: MergeConfig) -> list[str]:
     refs = [ref for part in config.parts.values() for ref in _references_of(part)]
     refs += [config.base_model] if config.base_model is not None else []
@@ -223,18 +247,6 @@ def _references_of(part: OutputModule) -> list[str]:
         refs += [source.model for source in output.sources]
         refs += [output.base_model] if output.base_model is not None else []
     return [*refs, part.base_model] if part.base_model is not None else refs
-
-
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    config = checkpoint.config
-    for key in ("quantization_config", "compression_config"):
-        found = config.get(key) or text_config(config).get(key)
-        if found:
-            kind = found.get("quant_method", "unknown") if isinstance(found, dict) else found
-            raise CheckpointError(
-                f"{_config_file(checkpoint)}: `{key}` says that the weights are quantised ({kind}); they cannot be "
-                "merged as they are: use the original checkpoint, or dequantise it first"
-            )
 
 
 def _config_file(checkpoint: Checkpoint) -> Path:

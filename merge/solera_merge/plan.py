@@ -56,6 +56,7 @@ __all__ = [
 COPY = "copy"
 """What happens to tensors that are no floating-point numbers: equal in all sources, and copied."""
 
+_NO_CONFIG = "the models are files of weights: the output has weights and no config.json"
 _TEMPORARIES = 8  # float32 blocks that a formula and the cast hold besides the sources
 _SELECTION_BYTES = 4 << 20  # histograms and the elements of one bin, a model
 _SVD_BYTES = 10  # an element: float64, and a share of LAPACK's workspace (measured: 1.5 N + 13.5 matrices of float64)
@@ -126,7 +127,7 @@ class MergePlan:
 
     Attributes:
         tensors: in the order of the output files.
-        config: content of config.json.
+        config: content of config.json; empty where the models are files of weights.
         sidecars: tokenizer and other files to be copied.
         files: content of those that are written anew, by name.
         warnings: what a careful person would want to know first.
@@ -157,7 +158,7 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
 
     Raises:
         ConfigError: the recipe asks for something impossible or meaningless.
-        CheckpointError: a model is missing, damaged or quantised, or the models do not belong together.
+        CheckpointError: a model is missing, damaged or cannot be dequantised, or the models do not belong together.
     """
     if ctx.device != "cpu":
         from solera_merge.torch_twins import open_device
@@ -165,6 +166,7 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
         open_device(ctx.device)  # says what is there if it is not
     problems, warnings = Problems(), list[str]()
     models = open_models(config, ctx, problems)
+    warnings += [f"{c.ref}: {note}" for c in models.checkpoints for note in c.notes]
     whole, all_here = all(part.models is not None for part in config.parts.values()), not problems.found
     with problems.collected():
         warnings += compare(models, whole=whole, tokenizers=config.wanted_tokenizer is None)
@@ -174,7 +176,7 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     if not all_here or len({family_of(c.config) for c in wholes}) > 1:
         check_filters(config, names, problems)
         problems.raise_any()  # all that could be said besides would follow from this
-    donor = donor_of(config, models, problems)
+    donor = None if models.raw else donor_of(config, models, problems)
     alignment, beside = Alignment(models, models.owner if donor is None else donor), OutputFiles((), {}, ())
     known = len(problems.found)
     parts = parts_of(config, models, problems)
@@ -206,11 +208,11 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
         tensors = as_mergekit(config, tensors, models, ctx, problems)
     problems.raise_any()
     dtype = _main_dtype(tensors)
-    content, notes = output_config(models, parts, dtype=_TORCH_NAME[dtype])
+    content, notes = ({}, [_NO_CONFIG]) if models.raw else output_config(models, parts, dtype=_TORCH_NAME[dtype])
     warnings += notes
     warnings += with_vocabulary(content, alignment)
     _check_vocabulary(tensors, content, models)
-    if not has_tokenizer(owner := models.checkpoints[alignment.donor]):
+    if not models.raw and not has_tokenizer(owner := models.checkpoints[alignment.donor]):
         warnings.append(f"{owner.path}: has no tokenizer, and no other model here has one: the output will have none")
     warnings += concerns([read_licence(c.ref, d) for c in models.checkpoints for d in c.directories])
     if config.parameters.get("int8_mask"):
@@ -248,6 +250,7 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
             "bytes": used[i],
             "download_bytes": c.missing_bytes,
             "tensors": len(c.tensors),
+            **({"read as": "; ".join(c.notes)} if c.notes else {}),
         }
         for i, c in enumerate(models.checkpoints)
     ]
@@ -289,7 +292,9 @@ def tensor_bytes(tensor: TensorPlan, *, device: str = "cpu") -> int:
     starts = block_starts(shape, unit, _block_elements(tensor.method, device))
     block = starts[1] - starts[0] if len(starts) > 1 else 0
     item_bytes = _SVD_BYTES if unit == "matrices" else 4
-    return (len(tensor.sources) * 2 + _TEMPORARIES) * block * item_bytes + len(tensor.models) * _SELECTION_BYTES
+    held = 0 if tensor.method == COPY else METHODS[tensor.method].held(shape, tensor.parameters)
+    blocks = (len(tensor.sources) * 2 + _TEMPORARIES) * block * item_bytes
+    return blocks + len(tensor.models) * _SELECTION_BYTES + held
 
 
 def _block_elements(method: str, device: str) -> int:

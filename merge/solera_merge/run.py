@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solera_core.context import Context
-from solera_core.output import check_output, input_record, write_metadata, write_provenance
+from solera_core.output import check_output, check_weights, input_record, write_metadata, write_provenance
 from solera_core.plan import Plan
 from solera_core.reload_check import ReloadCheck
 from solera_core.staging import check_apart, check_target, require_disk, staged
 from solera_core.writer import CheckpointWriter
+from solera_merge.adapters.merge import Record, merge_adapters, plan_merge_adapters
 from solera_merge.compat import mergekit_versions
 from solera_merge.config import MergeConfig
 from solera_merge.drift import drift_report
@@ -46,16 +47,24 @@ def plan_merge(config: MergeConfig, ctx: Context) -> Plan:
     Raises:
         InputError: everything that is wrong with the recipe and the models as far as headers tell, one line each.
     """
+    if config.adapter is not None:
+        return plan_merge_adapters(config, ctx)
     plan, models = make_plan(config, ctx)
     return describe(plan, config, models, ctx)
 
 
-def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
+def merge(config: MergeConfig, out: Path, ctx: Context, *, record: Record | None = None) -> Path:
     """Merge models into a new checkpoint at `out`; the same recipe, inputs and seed give the same bytes.
 
     Models on the hub are downloaded when everything that can be checked beforehand is right, at the commit that was
     planned. A run that was killed goes on where it stood when the same one is started again: tensors that it had
     finished are hashed, not merged again.
+
+    Args:
+        config: the recipe.
+        out: a directory that does not exist.
+        ctx: threads, memory, permissions.
+        record: what solera.json is to say of recipe and inputs, from these two as they are (the default).
 
     Raises:
         InputError: as `plan_merge`; or the target is in the way; or an input holds NaN or infinity, or was changed.
@@ -64,6 +73,8 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
         VerificationError: what was written cannot be loaded as it should be (a bug, or a model that its own config
             does not describe).
     """
+    if config.adapter is not None:
+        return merge_adapters(config, out, ctx, record=record)
     check_target(out, overwrite=ctx.overwrite)
     plan, models = make_plan(config, ctx)
     check_apart(out, [directory for checkpoint in models.checkpoints for directory in checkpoint.directories])
@@ -77,7 +88,8 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
         CheckpointWriter(staging, plan.specs, early_flush=ctx.flush) as writer,
         ExitStack() as beside,
     ):
-        write_metadata(staging, config=plan.config, sidecars=plan.sidecars, files=plan.files)
+        if not models.raw:
+            write_metadata(staging, config=plan.config, sidecars=plan.sidecars, files=plan.files)
         reload = _reload_check(staging, plan, models, ctx, beside)
         execute(
             plan.tensors,
@@ -92,16 +104,23 @@ def merge(config: MergeConfig, out: Path, ctx: Context) -> Path:
         for checkpoint in models.inputs:
             checkpoint.require_unchanged()
         digests = writer.finish()
-        checks = check_output(staging, reload=False, trust_remote_code=ctx.trust_remote_code)
+        checks = (
+            check_weights(staging)
+            if models.raw
+            else check_output(staging, reload=False, trust_remote_code=ctx.trust_remote_code)
+        )
         drift = drift_report({n: d for n in digests if (d := writer.annotation(n)) is not None})
         for name, what in list(drift["outliers"].items())[:_SHOWN]:
             ctx.progress.note(f"{name}: {what}")
         checks["drift"] = drift
         checks["transformers"] = reload.result() if isinstance(reload, ReloadCheck) else reload
+        recipe: Mapping[str, Any] = config.model_dump(mode="json", exclude_none=True)
+        if record is not None:
+            recipe, inputs = record(recipe, inputs)
         write_provenance(
             staging,
             kind="merge",
-            recipe=config.model_dump(mode="json", exclude_none=True),
+            recipe=recipe,
             seed=ctx.seed,
             inputs=inputs,
             tensors=digests,
@@ -137,6 +156,8 @@ def _reload_check(
     staging: Path, plan: MergePlan, models: Models, ctx: Context, beside: ExitStack
 ) -> ReloadCheck | Mapping[str, str]:
     """A check that runs beside the merge, or the reason why none is needed."""
+    if models.raw:
+        return {"skipped": "there is no config.json"}
     if not ctx.reload_check:
         return {"skipped": "--no-reload-check"}
     if (ref := _input_of_the_same_form(plan, models)) is not None:
@@ -149,6 +170,8 @@ def _input_of_the_same_form(plan: MergePlan, models: Models) -> str | None:
     shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
     form = _form(plan.config)
     for checkpoint in models.checkpoints:
+        if not checkpoint.as_stored:
+            continue
         if _form(checkpoint.config) == form and {n: t.shape for n, t in checkpoint.tensors.items()} == shapes:
             return checkpoint.ref
     return None

@@ -63,7 +63,7 @@ class _Expansion:
         for row in zip(*names, strict=True):
             have = [name in self.tensors(s) for s, name in zip(run.sources, row, strict=True)]
             haver = have.index(True)
-            if _is_derived(row[haver], self.tensors(run.sources[haver])[row[haver]]):
+            if not self.models.raw and _is_derived(row[haver], self.tensors(run.sources[haver])[row[haver]]):
                 self.derived.append(row[haver])
                 continue
             if all(have):

@@ -17,9 +17,6 @@ from solera_merge.plan import make_plan
 UNUSED = {
     "": {"int8_mask"},  # no mask is stored
     "task_arithmetic": {"density", "rescale"},  # mergekit resolves it, and trims nothing
-    "ties": {"rescale"},  # not in the papers; off by default in mergekit
-    "breadcrumbs": {"rescale"},
-    "breadcrumbs_ties": {"rescale"},
 }
 """Parameters that mergekit resolves and that change nothing here, by method ("": all)."""
 

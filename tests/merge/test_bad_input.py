@@ -200,8 +200,8 @@ def test_different_architectures(refused: Refused, make_model: Callable[..., Pat
         ({"hidden_act": "gelu"}, "`hidden_act` is 'silu' and 'gelu'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         (
-            {"quantization_config": {"quant_method": "gptq"}},
-            "`quantization_config` says that the weights are quantised (gptq)",
+            {"quantization_config": {"quant_method": "aqlm"}},
+            "`quantization_config` says that the weights are quantised (aqlm)",
         ),
         ({"auto_map": {"AutoModel": "m.M"}}, "auto_map"),
     ],
@@ -337,17 +337,16 @@ def test_integer_tables_that_differ(refused: Refused, bare_model: Callable[..., 
     assert "tensor 'table' (I64) is not floating-point and differs" in message
 
 
-def test_low_precision_tensors_without_a_quantisation_config(
-    refused: Refused, bare_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_codes_without_a_quantisation_config(refused: Refused, bare_model: Callable[..., Path], tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
     for name in ("x", "y"):
-        bare_model(tmp_path / name, {"w": np.ones(4)})
-        save_file({"w": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / name / "model.safetensors")
+        bare_model(tmp_path / name, {"w": np.ones((4, 4))})
+        tensors = {"w": torch.ones(4, 4).to(torch.float8_e4m3fn), "w_scale_inv": torch.ones(1)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
     message = refused(CheckpointError, **LINEAR, models=["x", "y"], dtype="bfloat16")
-    assert "'w' is stored as F8_E4M3, which cannot be merged; dequantise the model first" in message
+    assert "'w_scale_inv' F32 (1,): belongs to a quantised weight, but config.json has no" in message
 
 
 def test_double_precision_needs_a_word(refused: Refused, bare_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from solera_core.quantised.catalogue import FORMATS
 from solera_core.strict import parse
 from solera_merge.config import MergeConfig
 from solera_merge.methods.catalogue import METHODS
@@ -17,7 +18,15 @@ RECIPES = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
 
 @pytest.mark.parametrize("text", RECIPES)
 def test_every_recipe_is_valid(text: str) -> None:
-    assert parse(MergeConfig, yaml.safe_load(text), where="docs/merge.md")
+    for document in yaml.safe_load_all(text):
+        content = {key: value for key, value in document.items() if key != "name"}
+        assert parse(MergeConfig, content, where="docs/merge.md")
+
+
+def test_the_table_of_quantisations_is_the_catalogue() -> None:
+    table = TEXT.split("## Quantised models")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`([^`]+)`", "".join(rows))) == sorted([*FORMATS, "quant_method"])
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -51,7 +51,11 @@ DRAWN = [
     "ramplus_tl",
     "passthrough",
 ]
-PER_MODEL: dict[str, tuple[float, float]] = {"weight": (0.1, 1.0), "density": (0.2, 1.0), "gamma": (0.0, 0.15)}
+PER_MODEL: dict[str, st.SearchStrategy[Any]] = {
+    "weight": st.floats(0.1, 1),
+    "density": st.floats(0.2, 1),
+    "gamma": st.floats(0, 0.15),
+}
 SHARED: dict[str, st.SearchStrategy[Any]] = {
     "t": st.floats(0, 1),
     "lambda": st.floats(0.3, 1.2),
@@ -63,6 +67,7 @@ SHARED: dict[str, st.SearchStrategy[Any]] = {
     "r": st.floats(0.05, 0.5),
     "alpha": st.floats(0.1, 0.5),
     "int8_mask": st.booleans(),
+    "rescale": st.booleans(),
 }
 
 
@@ -108,7 +113,7 @@ def a_recipe(draw: Draw) -> dict[str, Any]:
     def own(name: str) -> dict[str, Any]:
         if name == "base" and based:
             return {}
-        given = {p: draw(a_setting(st.floats(*PER_MODEL[p]), complete=False)) for p in per_model if draw(st.booleans())}
+        given = {p: draw(a_setting(PER_MODEL[p], complete=False)) for p in per_model if draw(st.booleans())}
         if method.name == "passthrough" and draw(st.booleans()):
             given["scale"] = draw(a_setting(st.floats(0.5, 1.5), complete=False))
         return {"parameters": given} if given else {}
@@ -125,29 +130,21 @@ def a_recipe(draw: Draw) -> dict[str, Any]:
                 first = draw(st.integers(0, LAYERS - length))
                 sources.append({"model": name, "layer_range": [first, first + length], **own(name)})
             piece: dict[str, Any] = {"sources": sources}
-            level = {
-                p: draw(a_setting(st.floats(*PER_MODEL[p]), complete=False)) for p in per_model if draw(st.booleans())
-            }
+            level = {p: draw(a_setting(PER_MODEL[p], complete=False)) for p in per_model if draw(st.booleans())}
             level |= {p: draw(a_setting(SHARED[p], complete=False)) for p in shared if draw(st.integers(0, 3)) == 0}
             content["slices"].append(piece | ({"parameters": level} if level else {}))
     else:
         content["models"] = [{"model": name, **own(name)} for name in names]
     for p in per_model:
         if required[p] or draw(st.booleans()):
-            content["parameters"][p] = draw(a_setting(st.floats(*PER_MODEL[p]), complete=True))
+            content["parameters"][p] = draw(a_setting(PER_MODEL[p], complete=True))
     for p in shared:
         if p == "t" or draw(st.booleans()):
             scalar = st.floats(1e-5, 1e-3) if method.name == "nearswap" else SHARED[p]
             content["parameters"][p] = draw(a_setting(scalar, complete=True))
-    content |= draw(
-        st.sampled_from(
-            [
-                {"dtype": "float32"},
-                {"dtype": "float32", "out_dtype": "bfloat16"},
-                {"dtype": "float32", "out_dtype": "float16"},
-            ]
-        )
-    )
+    content["dtype"] = "float32"
+    if (out := draw(st.sampled_from([None, "bfloat16", "float16"]))) is not None:
+        content["out_dtype"] = out
     match draw(st.sampled_from(["none", "none", "source", "union", "model", "pad"])):
         case "source" if based:
             content["tokenizer_source"] = "base"
@@ -170,17 +167,15 @@ def named(content: Any, paths: dict[str, str]) -> Any:
     return [named(value, paths) for value in content] if isinstance(content, list) else content
 
 
+_THRESHOLDS = "of deltas with equal magnitude at one of the two thresholds the first by position counts"
 DIFFERENT = {  # method: what docs/parity.md says of it, and the share of the model's values that are equal all the same
     "ties": ("of deltas with equal magnitude at the threshold, the first by position are kept", 0.98),
-    "breadcrumbs": ("of deltas with equal magnitude at one of the two thresholds the first by position counts", 0.98),
-    "breadcrumbs_ties": (
-        "of deltas with equal magnitude at one of the two thresholds the first by position counts",
-        0.98,
-    ),
+    "breadcrumbs": (_THRESHOLDS, 0.98),
+    "breadcrumbs_ties": (_THRESHOLDS, 0.98),
     "model_stock": ("a negative mean cosine counts as 0 and gives the base", 0.9),
 }
 MERGEKIT_STOPS = {  # what it says, and what docs/parity.md says
-    "validate_layer_type": "`slices` of any architecture set the number of layers, in its own key, and every per-layer list",
+    "validate_layer_type": "`slices` of any architecture set the number of layers, in its own key",
 }
 
 
@@ -214,7 +209,8 @@ def test_random_recipes(
         run_mergekit(content, theirs)
     except Exception as e:  # whatever it is, it must be known
         event(f"mergekit stops: {type(e).__name__}")
-        assert any(known in str(e) for known in MERGEKIT_STOPS), e
+        if not any(known in str(e) for known in MERGEKIT_STOPS):
+            raise
         return
     require_equal(drawn, weights(ours), weights(theirs))
     mine, other = (json.loads((out / "config.json").read_text()) for out in (ours, theirs))

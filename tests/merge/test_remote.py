@@ -142,7 +142,7 @@ def test_the_second_merge_asks_for_no_weights(hub: Hub, ask: Ask, tmp_path: Path
     ("changes", "words"),
     [
         ({"num_attention_heads": 2}, "`num_attention_heads` is 4 and 2"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "the weights are quantised (gptq)"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "the weights are quantised (aqlm)"),
         ({"vocab_size": 999}, ""),
     ],
 )
