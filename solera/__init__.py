@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from solera.pipeline import RunOutcome
     from solera.publish import PublishResult
 
-__all__ = ["__version__", "build_moe", "distill", "evaluate", "merge", "publish", "run", "tune"]
+__all__ = ["__version__", "build_moe", "distill", "evaluate", "merge", "publish", "route", "run", "tune"]
 
 Settings = Mapping[str, Any] | str | Path
 
@@ -44,6 +44,11 @@ def merge(config: Settings, out: str | Path, **options: Any) -> Path:
 def build_moe(config: Settings, out: str | Path, **options: Any) -> Path:
     """Build a sparse mixture of experts out of dense specialists. Options as in `merge`."""
     return _stage("moe", config, out, **options)
+
+
+def route(config: Settings, out: str | Path, **options: Any) -> Path:
+    """Fit a router over whole models, to be opened by `solera_merge.route.RoutedModels`. Options as in `merge`."""
+    return _stage("route", config, out, **options)
 
 
 def distill(config: Settings, out: str | Path, **options: Any) -> Path:

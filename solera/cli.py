@@ -294,6 +294,7 @@ def extract_lora_command(
 
 
 app.command("moe")(_stage_command("moe", "Build a sparse mixture of experts out of dense specialists."))
+app.command("route")(_stage_command("route", "Fit a router that sends every request to one of several whole models."))
 app.command("distill")(_stage_command("distill", "Teach a student (or heal a mixture) by one or several teachers."))
 app.command("tune")(_stage_command("tune", "Fine-tune a base into a specialist."))
 

@@ -33,13 +33,14 @@ from solera_core.data import DataSource
 from solera_core.digest import file_sha256
 from solera_core.errors import ConfigError, ResourceError, SoleraError
 from solera_core.plan import Plan
+from solera_core.route import find_route
 from solera_core.staging import disk_errors
 from solera_core.version import __version__
 from solera_eval.config import EvalConfig
 
 __all__ = ["PlannedStage", "RunOutcome", "StageOutcome", "directory_digest", "plan_run", "run_recipe"]
 
-_TRAINING = ("init", "tune", "distill", "moe")  # kinds of stage that learn from text
+_TRAINING = ("init", "tune", "distill", "moe", "route")  # kinds of stage that learn from text
 
 
 @dataclass(frozen=True)
@@ -278,8 +279,9 @@ def _key(stage: Stage, ctx: Context) -> str:
 
     models: dict[str, str] = {}
     for reference in stage.references.models:
-        if reference in ctx.models:
-            models[reference] = directory_digest(ctx.models[reference])
+        route = find_route(reference, ctx)
+        if (made := route or ctx.models.get(reference)) is not None:
+            models[reference] = directory_digest(made)
         else:
             models[reference] = open_checkpoint(reference, ctx).digest()
     ingredients = {

@@ -15,6 +15,7 @@ from solera_core.context import Context
 from solera_core.data import check_source, data_path
 from solera_core.errors import ConfigError, InputError, TargetError
 from solera_core.hub import is_hub_id, split_adapter
+from solera_core.route import find_route
 from solera_core.staging import check_apart
 from solera_core.strict import did_you_mean
 from solera_eval.config import EvalConfig
@@ -73,7 +74,7 @@ def _model_problems(reference: str, ctx: Context) -> Iterator[str]:
         return
     path = ctx.base_dir / Path(reference).expanduser()
     if path.is_dir():
-        if not (path / "adapter_config.json").exists():
+        if not (path / "adapter_config.json").exists() and find_route(path, ctx) is None:
             try:
                 read_config(path, trust_remote_code=ctx.trust_remote_code)
             except InputError as e:

@@ -15,7 +15,7 @@ from solera_core.errors import CheckpointError
 from solera_core.hub import resolve, split_adapter
 from solera_core.lora import is_adapter, open_stored
 from solera_core.plan import Plan
-from solera_core.provenance import FILE_NAME, read_provenance
+from solera_core.provenance import BASE_DIR_FILE, FILE_NAME, read_provenance
 from solera_core.raw import is_weight_file, open_values
 from solera_core.strict import Strict
 
@@ -102,8 +102,8 @@ def _prepare(directory: Path, ctx: Context) -> tuple[dict[str, Any], Strict, Con
 
 
 def _differences(a: Path, b: Path) -> list[str]:
-    files_a = {str(p.relative_to(a)) for p in a.rglob("*") if p.is_file()}
-    files_b = {str(p.relative_to(b)) for p in b.rglob("*") if p.is_file()}
+    files_a = {str(p.relative_to(a)) for p in a.rglob("*") if p.is_file()} - {BASE_DIR_FILE}
+    files_b = {str(p.relative_to(b)) for p in b.rglob("*") if p.is_file()} - {BASE_DIR_FILE}
     problems = [f"{name} is not made by the recipe" for name in sorted(files_a - files_b)]
     problems += [f"{name} is missing" for name in sorted(files_b - files_a)]
     problems += [

@@ -49,6 +49,10 @@ def write_skeleton(stage: Stage, directory: Path, ctx: Context) -> None:
             content = inputs.target.config(trunk.fields, Sizes(experts, config.top_k, width), dtype=dtype)
             specs = moe_specs(inputs.target, trunk, experts=experts, width=width, dtype=config.dtype)
             _write(directory, content, specs, trunk.checkpoint.sidecars)
+        case "route":
+            from solera_merge.route.build import route_skeleton
+
+            route_skeleton(config, directory, ctx)
         case "distill":
             _write_student(directory, open_checkpoint(config.student.from_, ctx), config)
         case _:

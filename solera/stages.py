@@ -29,7 +29,7 @@ __all__ = [
     "stage_config",
 ]
 
-KINDS = ("init", "tune", "merge", "moe", "distill", "eval", "publish")
+KINDS = ("init", "tune", "merge", "moe", "route", "distill", "eval", "publish")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ def stage_config(kind: str) -> type[Strict]:
             from solera_merge.moe.config import MoeConfig
 
             return MoeConfig
+        case "route":
+            from solera_merge.route.config import RouteConfig
+
+            return RouteConfig
         case "eval":
             from solera_eval.config import EvalConfig
 
@@ -203,6 +207,10 @@ def _functions(kind: str, config: Strict) -> tuple[_Plan, _Run]:
             from solera_merge.moe.build import build_moe, plan_moe
 
             return plan_moe, build_moe
+        case "route":
+            from solera_merge.route.build import build_route, plan_route
+
+            return plan_route, build_route
         case "eval":
             from solera_eval.run import evaluate, plan_evaluate
 

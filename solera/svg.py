@@ -21,6 +21,7 @@ _KIND_COLOURS = {
     "tune": "#2f7d4f",
     "merge": "#1f5f8b",
     "moe": "#7a3e9d",
+    "route": "#a8437a",
     "distill": "#b4531a",
     "eval": "#4d5963",
     "publish": "#4d5963",

@@ -309,6 +309,11 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> dict[str
                 f"{directory}: is a LoRA adapter, not a model; write <model>+{directory.name}, "
                 "behind the model that it was made for, or add `adapter: {}` to the recipe to merge adapters into one"
             )
+        if (directory / "route.json").exists():
+            raise CheckpointError(
+                f"{directory}: is a route over whole models, not a model with weights; `solera eval` and a "
+                "distillation's `teachers` take it"
+            )
         if any(directory.glob("*.gguf")):
             raise CheckpointError(
                 f"{directory}: holds GGUF weights, which are quantised in llama.cpp's own ways and layout and cannot "

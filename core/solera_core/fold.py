@@ -1,6 +1,8 @@
 """A checkpoint written out again as plain files: adapters folded in, tensors renamed or left out, sidecars copied."""
 
-from collections.abc import Mapping
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,9 +11,25 @@ from solera_core.dtypes import FLOATS
 from solera_core.output import write_metadata
 from solera_core.writer import CheckpointWriter, TensorSpec
 
-__all__ = ["write_folded"]
+__all__ = ["loadable", "write_folded"]
 
 _BLOCK: Final = 1 << 22  # elements copied at a time
+
+
+@contextlib.contextmanager
+def loadable(checkpoint: Checkpoint, scratch: Path | None = None) -> Iterator[Path]:
+    """A directory that transformers can load: the model's own; under an adapter one that is written for the while.
+
+    Args:
+        checkpoint: to be loaded.
+        scratch: a folder on whose disk it is written (default: the system's own for temporary files).
+    """
+    if not any(checkpoint.is_derived(name) for name in checkpoint.tensors):
+        yield checkpoint.path
+        return
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".folded-") as folder:
+        write_folded(checkpoint, Path(folder) / "model")
+        yield Path(folder) / "model"
 
 
 def write_folded(

@@ -25,6 +25,7 @@ from solera_core.staging import RESUME_KEY_FILE
 from solera_core.version import __version__
 
 __all__ = [
+    "BASE_DIR_FILE",
     "FILE_NAME",
     "InputRecord",
     "adapter_record",
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 FILE_NAME: Final = "solera.json"
+BASE_DIR_FILE: Final = "base-dir"
+"""A hint at a place, which changes when a directory moves: never part of what was made."""
 _PACKAGES: Final = (
     "accelerate",
     "huggingface_hub",
@@ -234,7 +237,11 @@ def _digests(stored: Mapping[str, TensorInfo]) -> dict[str, str]:
 
 def _files(directory: Path, stored: Mapping[str, TensorInfo]) -> dict[str, str]:
     """SHA-256 of every file but the weights, the record itself and what a hub and its client put beside them."""
-    weights = {info.file for info in stored.values()} | {directory / FILE_NAME, directory / RESUME_KEY_FILE}
+    weights = {info.file for info in stored.values()} | {
+        directory / FILE_NAME,
+        directory / RESUME_KEY_FILE,
+        directory / BASE_DIR_FILE,
+    }
     return {
         file.relative_to(directory).as_posix(): file_sha256(file)
         for file in sorted(directory.rglob("*"))

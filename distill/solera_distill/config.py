@@ -130,7 +130,7 @@ class TeacherConfig(Strict):
     """A model whose distributions the student learns.
 
     Attributes:
-        model: its checkpoint.
+        model: its checkpoint; or a route (the only teacher then), which sends each text to one of its specialists.
         domain: it teaches the text of this domain only (default: all text that no other teacher's domain claims).
     """
 

@@ -29,6 +29,7 @@ from solera_distill.config import (
     TrainingConfig,
     TuneConfig,
 )
+from solera_distill.pool import find_pool, pool_records, route_by_pool
 
 if TYPE_CHECKING:
     from solera_distill.batches import Corpus
@@ -93,7 +94,11 @@ class _Training:
         self.objective = objective
         self.drop = drop
         self.student = open_checkpoint(student, ctx)
-        self.teacher_checkpoints = [open_checkpoint(t.model, ctx) for t in teachers]
+        self.pool = find_pool(teachers, ctx)
+        if self.pool is None:
+            self.teacher_checkpoints = [open_checkpoint(t.model, ctx) for t in teachers]
+        else:
+            self.teacher_checkpoints = list(self.pool.specialists.values())
         for checkpoint in (self.student, *self.teacher_checkpoints):
             _check_trainable(checkpoint, config.sequence_tokens)
         self.keep = self._keep()
@@ -112,6 +117,7 @@ class _Training:
         config = self.config
         sources = [("data", s) for s in config.data] + [("eval_data", s) for s in config.eval_data or ()]
         reads = [_model_row(self.student)] + [_model_row(c) for c in self.teacher_checkpoints]
+        reads += [_model_row(self.pool.base)] if self.pool is not None and self.pool.base is not None else []
         reads += [_data_row(name, s, self.ctx.base_dir) for name, s in sources]
         layers = num_layers(self.student.config) or 1
         kept = self.keep if isinstance(self.keep, int) else len(self.keep or range(layers))
@@ -176,12 +182,18 @@ class _Training:
         """What goes in, with digests."""
         base_dir = self.ctx.base_dir
         found = [input_record(self.student, "student" if self.teachers else "model")]
-        found += [
+        if self.pool is not None:
+            found += pool_records(self.pool, self.teachers[0].model, self.ctx)
+        else:
+            found += self._teacher_records()
+        found += [data_record("data", s, base_dir) for s in self.config.data]
+        return found + [data_record("eval_data", s, base_dir) for s in self.config.eval_data or ()]
+
+    def _teacher_records(self) -> list[InputRecord]:
+        return [
             input_record(c, f"teacher {t.domain}" if t.domain else "teacher")
             for t, c in zip(self.teachers, self.teacher_checkpoints, strict=True)
         ]
-        found += [data_record("data", s, base_dir) for s in self.config.data]
-        return found + [data_record("eval_data", s, base_dir) for s in self.config.eval_data or ()]
 
     def run(self, out: Path) -> Path:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -191,6 +203,7 @@ class _Training:
             )
         check_target(out, overwrite=self.ctx.overwrite)
         models = [d for c in (self.student, *self.teacher_checkpoints) for d in c.directories]
+        models += [] if self.pool is None else self.pool.directories
         check_apart(out, models, _files([*self.config.data, *(self.config.eval_data or ())], self.ctx.base_dir))
         require_disk(out, self.plan().disk_bytes)
         records = self.records()
@@ -232,14 +245,18 @@ class _Training:
 
         config, ctx = self.config, self.ctx
         tokenizer: Any = load_tokenizer(self.student.path, trust_remote_code=ctx.trust_remote_code)
-        for teacher, checkpoint in zip(self.teachers, self.teacher_checkpoints, strict=True):
+        for checkpoint in self.teacher_checkpoints:
             theirs = load_tokenizer(checkpoint.path, trust_remote_code=ctx.trust_remote_code)
-            check_tokenizers(theirs, tokenizer, teacher.model, self.student.ref)
+            check_tokenizers(theirs, tokenizer, checkpoint.ref, self.student.ref)
         tokenizer.model_max_length = 1 << 40  # long documents are cut here: transformers need not warn of them
         text = read_groups(config.data, ctx.base_dir)
-        route = route_by_domain(self.teachers) if self.teachers else _same_route
+        if self.pool is not None:
+            route = route_by_pool(self.pool, text.all, ctx)
+        else:
+            route = route_by_domain(self.teachers) if self.teachers else _same_route
         corpus = training_corpus(text, tokenizer, config.sequence_tokens, route=route, progress=ctx.progress)
-        check_taught(self.teachers, [p.route for p in corpus.pieces])
+        if self.pool is None:
+            check_taught(self.teachers, [p.route for p in corpus.pieces])
         heldout = None
         if config.eval_data is not None:
             held = read_groups(config.eval_data, ctx.base_dir)

@@ -1,29 +1,26 @@
 """The evaluation stage: models and suites in, a directory of evidence (and a verdict) out."""
 
 import contextlib
-import importlib.metadata
 import json
-import re
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
 from solera_core.data import path_bytes
 from solera_core.errors import CheckpointError, DataError
-from solera_core.fold import write_folded
+from solera_core.fold import loadable
 from solera_core.plan import Plan
+from solera_core.route import Route, find_route, open_route
 from solera_core.staging import check_apart, check_target, staged
-from solera_eval.config import ChoiceTask, EvalConfig, GenerateTask, TextTask
+from solera_eval.config import EvalConfig
 from solera_eval.gate import check_policy, compare
 from solera_eval.records import METRIC_OF, ItemRecord, Results, TaskResult, summarise, write_results
-from solera_eval.suite import ChoiceItem, GenerateItem, LoadedTask, Suite, TextItem, load_suites
-
-if TYPE_CHECKING:
-    from solera_eval.score import ChoiceScore
+from solera_eval.routed import score_routed
+from solera_eval.suite import LoadedTask, Suite, load_suites
+from solera_eval.task import score_task, settings_of
 
 __all__ = ["evaluate", "plan_evaluate"]
 
@@ -31,7 +28,6 @@ _ITEM_BYTES = 200  # of one line of items.jsonl, roughly
 _DOCUMENT_BYTES = 4096  # of the other files
 _ACTIVATIONS_BYTES = 1 << 26
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_VERSIONS = ("torch", "transformers", "tokenizers")
 
 
 def plan_evaluate(config: EvalConfig, ctx: Context) -> Plan:
@@ -42,17 +38,17 @@ def plan_evaluate(config: EvalConfig, ctx: Context) -> Plan:
     """
     suite, models = _prepare(config, ctx)
     items = sum(len(task.items) for task in suite.tasks)
-    sizes = {name: sum(info.nbytes for info in model.tensors.values()) for name, model in models.items()}
-    elements = max(sum(info.size for info in model.tensors.values()) for model in models.values())
+    checkpoints = [checkpoint for model in models.values() for checkpoint in _checkpoints(model)]
+    elements = max(sum(info.size for info in checkpoint.tensors.values()) for checkpoint in checkpoints)
     folders = [""] if config.model is not None else [f"{name}/" for name in models]
-    folded = max((sizes[name] for name, model in models.items() if _is_adapted(model)), default=0)
+    folded = max((_bytes(checkpoint) for checkpoint in checkpoints if _is_adapted(checkpoint)), default=0)
     sizes_of = {"results.json": _DOCUMENT_BYTES, "items.jsonl": items * _ITEM_BYTES}
     writes = [{"what": f"{folder}{file}", "bytes": size} for folder in folders for file, size in sizes_of.items()]
     writes += [{"what": name, "bytes": _DOCUMENT_BYTES} for name in _tops(config)]
     return Plan(
         stage="eval",
         reads=[
-            *({"what": m.ref, "path": str(m.path), "bytes": sizes[n], "kind": "model"} for n, m in models.items()),
+            *({"what": c.ref, "path": str(c.path), "bytes": _bytes(c), "kind": "model"} for c in checkpoints),
             *(_data_row(task) for task in suite.tasks),
         ],
         writes=writes,
@@ -89,12 +85,18 @@ def evaluate(config: EvalConfig, out: Path, ctx: Context) -> Path:
     check_target(out, overwrite=ctx.overwrite)
     suite, models = _prepare(config, ctx)
     check_apart(out, [directory for model in models.values() for directory in model.directories])
-    tokenizers = {name: _tokenizer(model.path, ctx) for name, model in models.items()}
+    tokenizers = {name: _tokenizer(model.path, ctx) for name, model in models.items() if not isinstance(model, Route)}
+    for model in models.values():
+        if isinstance(model, Route):
+            model.require_unchanged()
     with staged(out, overwrite=ctx.overwrite) as staging, _threads(ctx.threads):
         results: dict[str, Results] = {}
         for name, model in models.items():
-            with _loadable(model, staging) as path:
-                results[name] = _evaluate_one(name, model, path, tokenizers[name], suite, config, ctx)
+            if isinstance(model, Route):
+                results[name] = score_routed(name, config.named_models()[name], model, suite, config, ctx)
+            else:
+                with loadable(model, staging) as path:
+                    results[name] = _evaluate_one(name, model, path, tokenizers[name], suite, config, ctx)
             directory = staging if config.model is not None else staging / name
             directory.mkdir(exist_ok=True)
             write_results(directory, results[name])
@@ -121,12 +123,26 @@ def evaluate(config: EvalConfig, out: Path, ctx: Context) -> Path:
     return out
 
 
-def _prepare(config: EvalConfig, ctx: Context) -> tuple[Suite, dict[str, Checkpoint]]:
+def _prepare(config: EvalConfig, ctx: Context) -> tuple[Suite, dict[str, Checkpoint | Route]]:
     suite = load_suites(config.suites, base_dir=ctx.base_dir)
     if config.gate is not None:
         check_policy(config.gate, {task.name: METRIC_OF[task.config.kind] for task in suite.tasks})
-    refs = config.named_models()
-    return suite, {name: open_checkpoint(ref, ctx) for name, ref in refs.items()}
+    return suite, {name: _open(ref, ctx) for name, ref in config.named_models().items()}
+
+
+def _open(ref: str, ctx: Context) -> Checkpoint | Route:
+    route = find_route(ref, ctx)
+    return open_checkpoint(ref, ctx) if route is None else open_route(route, ctx)
+
+
+def _checkpoints(model: Checkpoint | Route) -> list[Checkpoint]:
+    if not isinstance(model, Route):
+        return [model]
+    return [*model.specialists.values(), *([] if model.base is None else [model.base])]
+
+
+def _bytes(checkpoint: Checkpoint) -> int:
+    return sum(info.nbytes for info in checkpoint.tensors.values())
 
 
 def _tokenizer(path: Path, ctx: Context) -> Any:
@@ -165,17 +181,6 @@ def _warnings(config: EvalConfig, suite: Suite) -> list[str]:
     ]
 
 
-@contextlib.contextmanager
-def _loadable(model: Checkpoint, staging: Path) -> Iterator[Path]:
-    """A directory that transformers can load: the model's own; under an adapter one that is written for the while."""
-    if not _is_adapted(model):
-        yield model.path
-        return
-    with tempfile.TemporaryDirectory(dir=staging, prefix=".folded-") as scratch:
-        write_folded(model, Path(scratch) / "model")
-        yield Path(scratch) / "model"
-
-
 def _is_adapted(model: Checkpoint) -> bool:
     return any(model.is_derived(name) for name in model.tensors)
 
@@ -188,7 +193,7 @@ def _evaluate_one(
 ) -> Results:
     from solera_core.causal_lm import load_model
     from solera_core.inspect import parameter_count
-    from solera_eval.tokens import describe_prefix
+    from solera_core.prefix import describe_prefix
 
     count = parameter_count(checkpoint)
     model = load_model(path, dtype=config.dtype, trust_remote_code=ctx.trust_remote_code, allow_pickle=ctx.allow_pickle)
@@ -197,7 +202,7 @@ def _evaluate_one(
     for task in suite.tasks:
         try:
             with ctx.progress.task(f"{name}: {task.name}", total=len(task.items), unit="items") as progress:
-                records, extra = _score(model, tokenizer, task, config.batch_tokens, progress.advance)
+                records, extra = score_task(model, tokenizer, task, config.batch_tokens, progress.advance)
         except (DataError, CheckpointError) as e:
             raise type(e)(f"model {name!r}, task {task.name!r}: {e}") from e
         tasks.append(summarise(task.name, task.config.kind, task.config.domain, records, extra))
@@ -213,89 +218,9 @@ def _evaluate_one(
         suite={"name": suite.name, "digest": suite.digest},
         tasks=tasks,
         items=items,
-        settings={
-            "batch_tokens": config.batch_tokens,
-            "dtype": config.dtype,
-            "tokenizer": describe_prefix(tokenizer),
-            "versions": {package: importlib.metadata.version(package) for package in _VERSIONS},
-        },
+        settings=settings_of(config, describe_prefix(tokenizer)),
         where=name,
     )
-
-
-def _score(
-    model: Any, tokenizer: Any, task: LoadedTask, batch_tokens: int, advance: Any
-) -> tuple[list[ItemRecord], dict[str, Any]]:
-    """The records of one task, and what is worth knowing about how they were made."""
-    from solera_eval.generate import generate
-    from solera_eval.score import context_tokens, score_choices, score_text
-
-    settings = task.config
-    if isinstance(settings, TextTask):
-        texts = [item for item in task.items if isinstance(item, TextItem)]
-        window = min(settings.window_tokens, context_tokens(model) or settings.window_tokens)
-        scores = score_text(model, tokenizer, texts, window_tokens=window, batch_tokens=batch_tokens, advance=advance)
-        records = [
-            ItemRecord(
-                task.name,
-                item.id,
-                task.domain(item),
-                score.nll / score.tokens,
-                {"nll": score.nll, "tokens": score.tokens, "bytes": score.bytes},
-            )
-            for item, score in zip(texts, scores, strict=True)
-        ]
-        return records, {"chance": model.config.get_text_config().vocab_size, "window_tokens": window}
-    if isinstance(settings, ChoiceTask):
-        questions = [item for item in task.items if isinstance(item, ChoiceItem)]
-        found = score_choices(model, tokenizer, questions, batch_tokens=batch_tokens, advance=advance)
-        records = [_choice_record(task, settings, item, score) for item, score in zip(questions, found, strict=True)]
-        chance = sum(1 / len(item.choices) for item in questions) / len(questions)
-        return records, {"chance": chance, "normalise": settings.normalise}
-    prompts = [item for item in task.items if isinstance(item, GenerateItem)]
-    outputs = generate(
-        model,
-        tokenizer,
-        [item.prompt for item in prompts],
-        max_new_tokens=settings.max_new_tokens,
-        stop=settings.stop,
-        batch_tokens=batch_tokens,
-        advance=advance,
-    )
-    records = [_answer_record(task, settings, item, output) for item, output in zip(prompts, outputs, strict=True)]
-    return records, {"chance": 0.0, "max_new_tokens": settings.max_new_tokens}
-
-
-def _choice_record(task: LoadedTask, settings: ChoiceTask, item: ChoiceItem, score: "ChoiceScore") -> ItemRecord:
-    sizes: Mapping[str, Sequence[int]] = {
-        "none": [1] * len(item.choices),
-        "bytes": [len(choice.encode()) for choice in item.choices],
-        "tokens": score.tokens,
-    }
-    values = [ll / size for ll, size in zip(score.log_likelihoods, sizes[settings.normalise], strict=True)]
-    prediction = max(range(len(values)), key=lambda c: (values[c], -c))  # the first of equals
-    correct = int(prediction == item.answer)
-    detail = {"correct": correct, "prediction": prediction, "logliks": list(score.log_likelihoods)}
-    return ItemRecord(task.name, item.id, task.domain(item), float(correct), detail)
-
-
-def _answer_record(task: LoadedTask, settings: GenerateTask, item: GenerateItem, output: str) -> ItemRecord:
-    answer = extract(output, settings.extract)
-    correct = int(answer is not None and answer.strip() in {accepted.strip() for accepted in item.answers})
-    detail: dict[str, Any] = {"correct": correct, "output": output}
-    if settings.extract is not None:
-        detail["extracted"] = answer
-    return ItemRecord(task.name, item.id, task.domain(item), float(correct), detail)
-
-
-def extract(output: str, pattern: str | None) -> str | None:
-    """The part of the output that counts: all of it, or the pattern's first match (its first group, if it has one)."""
-    if pattern is None:
-        return output
-    match = re.search(pattern, output)
-    if match is None:
-        return None
-    return match.group(1) if match.re.groups else match.group(0)
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ import torch
 
 from solera_core.causal_lm import load_model, load_tokenizer
 from solera_core.errors import DataError
-from solera_eval.generate import cut_at_stop, generate
-from solera_eval.run import extract
+from solera_core.generate import cut_at_stop, generate
+from solera_eval.task import extract
 
 PROMPTS = ["the big cask is", "the old hat is", "the tiny bird is", "hat", "the soft lamp is\nthe big cask is"]
 

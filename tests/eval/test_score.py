@@ -10,9 +10,10 @@ from tokenizers import processors
 from solera_core.causal_lm import load_model, load_tokenizer
 from solera_core.data import DataSource, read_documents
 from solera_core.errors import CheckpointError, DataError
-from solera_eval.score import Query, log_likelihoods, score_choices, score_text, windows
+from solera_core.likelihood import Query, log_likelihoods, score_documents, windows
+from solera_core.prefix import describe_prefix, prefix_id, prompt_ids
+from solera_eval.score import score_choices
 from solera_eval.suite import ChoiceItem, TextItem
-from solera_eval.tokens import describe_prefix, prefix_id, prompt_ids
 
 TOLERANCE = 2e-4  # nats a document, fp32, for another batch shape
 
@@ -47,6 +48,10 @@ def reference(model: Any, ids: list[int], first: int) -> float:
     with torch.inference_mode():
         logprobs = model(torch.tensor([ids])).logits.double().log_softmax(-1)[0]
     return sum(float(logprobs[t - 1, ids[t]]) for t in range(first, len(ids)))
+
+
+def score_text(model: Any, tokenizer: Any, items: list[TextItem], **settings: Any) -> Any:
+    return score_documents(model, tokenizer, [item.document for item in items], **settings)
 
 
 # windows
@@ -99,7 +104,7 @@ def test_the_window_never_exceeds_the_models_context(
 ) -> None:
     write_jsonl(tmp_path / "x.jsonl", [{"text": "".join(item.text for item in texts)}])
     (document,) = read_documents(DataSource(path="x.jsonl"), base_dir=tmp_path)
-    item = TextItem("x", document)
+    item = TextItem(document.id, document)
     wide, full, half = (
         score_text(model, tokenizer, [item], window_tokens=window, batch_tokens=512)[0] for window in (10_000, 128, 64)
     )
@@ -114,7 +119,7 @@ def test_only_completions_are_scored(
 ) -> None:
     write_jsonl(tmp_path / "x.jsonl", [{"prompt": "the big cask is", "completion": " red"}])
     (document,) = read_documents(DataSource(path="x.jsonl"), base_dir=tmp_path)
-    (score,) = score_text(model, tokenizer, [TextItem("x", document)], window_tokens=64, batch_tokens=64)
+    (score,) = score_text(model, tokenizer, [TextItem(document.id, document)], window_tokens=64, batch_tokens=64)
     head, tail = tokenizer("the big cask is").input_ids, tokenizer(" red", add_special_tokens=False).input_ids
     assert (score.tokens, score.bytes) == (len(tail), 4)
     assert score.nll == pytest.approx(-reference(model, head + tail, len(head)), abs=TOLERANCE)

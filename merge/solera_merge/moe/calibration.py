@@ -49,12 +49,17 @@ class Sequences:
 
 
 def read_domains(
-    data: Mapping[str, Sequence[DataSource]], *, base_dir: Path, holdout: float, seed: int
+    data: Mapping[str, Sequence[DataSource]],
+    *,
+    base_dir: Path,
+    holdout: float,
+    seed: int,
+    key: str = "router.data",
 ) -> tuple[list[Domain], list[str]]:
     """Read and split the calibration text; also returns warnings.
 
     The hash of (seed, content) decides the order and so the split: file order does not matter, a sample is drawn from
-    the whole of a file, and copies of a document stay on one side.
+    the whole of a file, and copies of a document stay on one side. `key` is what messages call the data.
 
     Raises:
         DataError: a domain with a single document (nothing could be held out), or two domains with the same text.
@@ -64,7 +69,7 @@ def read_domains(
     warnings: list[str] = []
     for name, sources in data.items():
         unique = {document.id: document for document in read_documents(list(sources), base_dir=base_dir)}
-        where = f"router.data.{name} ({', '.join(source.path for source in sources)})"
+        where = f"{key}.{name} ({', '.join(source.path for source in sources)})"
         if len(unique) < 2:
             raise DataError(
                 f"{where}: only 1 document; at least 2 are needed, one to fit on and one to hold out "

@@ -7,8 +7,8 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from solera_core.errors import DataError
-from solera_eval.score import context_tokens
-from solera_eval.tokens import prefix_id, prompt_ids
+from solera_core.likelihood import context_tokens
+from solera_core.prefix import prefix_id, prompt_ids
 
 __all__ = ["cut_at_stop", "generate"]
 
