@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from solera_core.strict import Strict, did_you_mean
 from solera_merge.adapters.settings import COMBINATIONS, METHODS_OF_UPDATES, AdapterSettings
 from solera_merge.methods.catalogue import METHODS, Method
+from solera_merge.reference import ModelName
 from solera_merge.settings import Setting, scalars_of
 from solera_merge.tokenizer.config import TokenizerConfig
 
@@ -24,11 +25,12 @@ class ModelSource(Strict):
     """One model of a merge over all layers.
 
     Attributes:
-        model: a directory, `org/name[@revision]`, the name of a stage, or any of them with `+adapter`.
+        model: a directory, `org/name[@revision]`, the name of a stage, or any of them with `+adapter`; mergekit's
+            mapping `{model: {path, revision}, lora: ...}` is read as such a line.
         parameters: of the method, for this model only.
     """
 
-    model: str
+    model: ModelName
     parameters: Parameters = Field(default_factory=dict)
 
 
@@ -41,7 +43,7 @@ class SliceSource(Strict):
         parameters: of the method, for this model in this slice only.
     """
 
-    model: str
+    model: ModelName
     layer_range: tuple[int, int]
     parameters: Parameters = Field(default_factory=dict)
 
@@ -63,7 +65,7 @@ class OutputSlice(Strict):
     """
 
     sources: list[SliceSource] = Field(min_length=1)
-    base_model: str | None = None
+    base_model: ModelName | None = None
     parameters: Parameters = Field(default_factory=dict)
     residual_weight: None = None
 
@@ -89,7 +91,7 @@ class OutputModule(Strict):
     models: list[ModelSource] | None = Field(default=None, min_length=1)
     slices: list[OutputSlice] | None = Field(default=None, min_length=1)
     merge_method: str | None = None
-    base_model: str | None = None
+    base_model: ModelName | None = None
     parameters: Parameters = Field(default_factory=dict)
 
     @field_validator("merge_method")
@@ -131,11 +133,11 @@ class MergeConfig(Strict):
     slices: list[OutputSlice] | None = Field(default=None, min_length=1)
     modules: dict[str, OutputModule] | None = Field(default=None, min_length=1)
     towers: dict[str, OutputModule] | None = Field(default=None, min_length=1)
-    base_model: str | None = None
+    base_model: ModelName | None = None
     parameters: Parameters = Field(default_factory=dict)
     dtype: DType | None = None
     out_dtype: DType | None = None
-    tokenizer_source: str | None = None
+    tokenizer_source: ModelName | None = None
     tokenizer: TokenizerConfig | None = None
     chat_template: str | None = None
     adapter: AdapterSettings | None = None
