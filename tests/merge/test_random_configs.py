@@ -193,7 +193,11 @@ def families(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) ->
     return found
 
 
-@settings(max_examples=EXAMPLES, derandomize=EXAMPLES == 40, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=EXAMPLES,
+    derandomize=EXAMPLES == 40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(drawn=a_recipe(), family=st.integers(0, 1))
 def test_random_recipes(
     families: list[dict[str, str]], tmp_path: Path, weights: Weights, drawn: dict[str, Any], family: int
