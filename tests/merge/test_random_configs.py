@@ -34,7 +34,8 @@ LAYERS = 4
 EXAMPLES = int(os.environ.get("SOLERA_EXAMPLES", "40"))
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 FILTERS = ["self_attn", "mlp", "down_proj", "layernorm", "embed_tokens", "*", None]
-# Masks at random (dare, della) and rounding errors that decide (arcee_fusion, sce, karcher) have tests of their own in
+# Masks at random (dare, della), and what decides by rounding errors, padding rows or the sign of a cosine
+# (arcee_fusion, sce, karcher, model_stock), have tests of their own in
 # test_parity_mergekit.py.
 DRAWN = [
     "linear",
@@ -45,7 +46,6 @@ DRAWN = [
     "ties",
     "breadcrumbs",
     "breadcrumbs_ties",
-    "model_stock",
     "nearswap",
     "ram",
     "ramplus_tl",
@@ -172,7 +172,6 @@ DIFFERENT = {  # method: what docs/parity.md says of it, and the share of the mo
     "ties": ("of deltas with equal magnitude at the threshold, the first by position are kept", 0.98),
     "breadcrumbs": (_THRESHOLDS, 0.98),
     "breadcrumbs_ties": (_THRESHOLDS, 0.98),
-    "model_stock": ("a negative mean cosine counts as 0 and gives the base", 0.9),
 }
 MERGEKIT_STOPS = {  # what it says, and what docs/parity.md says
     "validate_layer_type": "`slices` of any architecture set the number of layers, in its own key",
