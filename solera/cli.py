@@ -218,6 +218,81 @@ def merge_command(
     )
 
 
+@app.command("extract-lora")
+def extract_lora_command(
+    base: Annotated[str, typer.Argument(help="The model that the adapter will be for.", show_default=False)],
+    fine_tuned: Annotated[str, typer.Argument(help="Its fine-tune.", show_default=False)],
+    out: Out,
+    rank: Annotated[int | None, typer.Option(help="Rank of every update.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead: the share of the squared norm of each change to keep, e.g. 0.95.")
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Bound of the ranks that --energy leads to.")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Only modules whose name this regular expression matches.")
+    ] = None,
+    exclude: Annotated[str | None, typer.Option(help="Not the modules that this regular expression matches.")] = None,
+    embeddings: Annotated[
+        str, typer.Option(help="A changed embedding or head: save (in full), lora, or skip.")
+    ] = "save",
+    modules_to_save: Annotated[
+        str, typer.Option(help="Changed norms and the like: auto (saved in full), or none of them.")
+    ] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the adapter: float32, float16, bfloat16 (default: that of the models).")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    threads: Threads = None,
+) -> None:
+    """Write the difference of two models as a LoRA adapter, with the error of every tensor."""
+    from solera_core.staging import check_target
+    from solera_core.strict import parse
+    from solera_merge.adapters.extract import ExtractConfig, extract_lora, plan_extract
+
+    settings = {
+        "base_model": base,
+        "model": fine_tuned,
+        "rank": rank,
+        "energy": energy,
+        "max_rank": max_rank,
+        "target_modules": target_modules,
+        "exclude": exclude,
+        "embeddings": embeddings,
+        "modules_to_save": modules_to_save,
+        "dtype": dtype,
+    }
+    config = parse(ExtractConfig, settings, where="extract-lora")
+    ctx = _context(
+        Path(),
+        seed,
+        quiet,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        threads=threads,
+    )
+    check_target(out, overwrite=overwrite)
+    if dry_run:
+        _show_plan(plan_extract(config, ctx), as_json=as_json)
+        return
+    found = extract_lora(config, out, ctx)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))  # noqa: T201
+        return
+    from solera.console import print_rows
+
+    print_rows(f"{base} to {fine_tuned}", found.rows)
+    for warning in found.warnings:
+        ctx.progress.note(f"warning: {warning}")
+    print(f"{out}: written; base + adapter misses {found.error:.3g} of the change (relative Frobenius norm)")  # noqa: T201
+
+
 app.command("moe")(_stage_command("moe", "Build a sparse mixture of experts out of dense specialists."))
 app.command("route")(_stage_command("route", "Fit a router that sends every request to one of several whole models."))
 app.command("distill")(_stage_command("distill", "Teach a student (or heal a mixture) by one or several teachers."))
@@ -445,9 +520,8 @@ def inspect_command(
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """What a checkpoint is: family, sizes, tensors, tokenizer, licence, where it came from."""
-    from solera_core.checkpoint import open_checkpoint
-    from solera_core.inspect import describe
+    """What a checkpoint (or a LoRA adapter) is: family, sizes, tensors, tokenizer, licence, where it came from."""
+    from solera_core.inspect import describe_reference
 
     ctx = _context(Path(), None, quiet, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     if dry_run:
@@ -455,7 +529,7 @@ def inspect_command(
 
         _show_plan(plan_inspect(model, ctx), as_json=as_json)
         return
-    facts = describe(open_checkpoint(model, ctx, weights="later"))
+    facts = describe_reference(model, ctx)
     width = max(len(k) for k in facts)
     _emit(
         facts, as_json=as_json, text="\n".join(f"{k:<{width}}  {_short(v)}" for k, v in facts.items() if v is not None)

@@ -9,6 +9,8 @@ from solera.rebuild import plan_rebuild
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import DataError
+from solera_core.hub import resolve, split_adapter
+from solera_core.lora import CONFIG_FILE, is_adapter, open_stored
 from solera_core.plan import Plan
 from solera_core.provenance import read_provenance
 
@@ -36,6 +38,11 @@ def plan_inspect(model: str, ctx: Context) -> Plan:
     Raises:
         CheckpointError: as `open_checkpoint`.
     """
+    if split_adapter(model, ctx) is None and is_adapter(resolve(model, ctx, weights="later").path):
+        adapter = open_stored(model, ctx)
+        weights = {info.file for info in adapter.source.tensors.values()}
+        reads = _rows([adapter.directory / CONFIG_FILE, *sorted(weights)])
+        return _plan("inspect", [{**r, "headers only": Path(r["path"]) in weights} for r in reads], 0, {"model": model})
     checkpoint = open_checkpoint(model, ctx)
     files = {info.file for info in checkpoint.tensors.values()}
     reads = _rows([checkpoint.path / "config.json", *sorted(files), *checkpoint.sidecars])

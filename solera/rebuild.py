@@ -12,9 +12,11 @@ from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.digest import file_sha256
 from solera_core.errors import CheckpointError
+from solera_core.hub import resolve, split_adapter
+from solera_core.lora import is_adapter, open_stored
 from solera_core.plan import Plan
 from solera_core.provenance import BASE_DIR_FILE, FILE_NAME, read_provenance
-from solera_core.raw import open_values
+from solera_core.raw import is_weight_file, open_values
 from solera_core.strict import Strict
 
 __all__ = ["Rebuilt", "plan_rebuild", "rebuild"]
@@ -47,9 +49,8 @@ def rebuild(directory: Path, ctx: Context) -> Rebuilt:
     problems: list[str] = []
     for item in record["inputs"]:
         if item["digest"].startswith(("blake3:", "sampled:")):
-            opened = open_values if record["kind"] == "merge" else open_checkpoint
-            checkpoint = opened(item["ref"], here)
-            now = checkpoint.digest() if item["digest"].startswith("blake3:") else checkpoint.identity()
+            sampled = item["digest"].startswith("sampled:")
+            now = _digest_now(item["ref"], here, merged=record["kind"] == "merge", sampled=sampled)
             if now != item["digest"]:
                 problems.append(f"input {item['ref']} has changed: {item['digest'][:23]}... then, {now[:23]}... now")
     if problems:
@@ -59,6 +60,14 @@ def rebuild(directory: Path, ctx: Context) -> Rebuilt:
         again = run_stage(record["kind"], config, Path(scratch) / "again", here)
         problems = _release_differences(directory, again) if evidence else _differences(directory, again)
     return Rebuilt(tuple(problems), evidence)
+
+
+def _digest_now(ref: str, ctx: Context, *, merged: bool, sampled: bool) -> str:
+    whole = split_adapter(ref, ctx) is None and not is_weight_file(ref, ctx)
+    if whole and is_adapter(resolve(ref, ctx, weights="later").path):
+        return open_stored(ref, ctx).digest()
+    checkpoint = open_values(ref, ctx) if merged else open_checkpoint(ref, ctx)
+    return checkpoint.identity() if sampled else checkpoint.digest()
 
 
 def plan_rebuild(directory: Path, ctx: Context) -> Plan:
@@ -80,7 +89,7 @@ def _prepare(directory: Path, ctx: Context) -> tuple[dict[str, Any], Strict, Con
     siblings = {
         p.name: p
         for p in directory.absolute().parent.iterdir()
-        if (p / "config.json").exists() and p != directory.absolute()
+        if ((p / "config.json").exists() or is_adapter(p)) and p != directory.absolute()
     }
     here = replace(
         ctx,

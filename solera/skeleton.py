@@ -40,14 +40,14 @@ def write_skeleton(stage: Stage, directory: Path, ctx: Context) -> None:
             _write(directory, plan.config, plan.specs, plan.sidecars, plan.files)
         case "moe":
             from solera_merge.moe.inputs import open_inputs
-            from solera_merge.moe.mixtral import moe_config
+            from solera_merge.moe.targets.target import Sizes
             from solera_merge.moe.write import moe_specs, torch_dtype_name
 
             inputs = open_inputs(config, ctx)
             trunk, experts, width = inputs.trunk, len(inputs.experts), inputs.width
             dtype = torch_dtype_name(trunk, config.dtype)
-            content = moe_config(trunk.fields, experts=experts, top_k=config.top_k, width=width, dtype=dtype)
-            specs = moe_specs(trunk, experts=experts, width=width, dtype=config.dtype)
+            content = inputs.target.config(trunk.fields, Sizes(experts, config.top_k, width), dtype=dtype)
+            specs = moe_specs(inputs.target, trunk, experts=experts, width=width, dtype=config.dtype)
             _write(directory, content, specs, trunk.checkpoint.sidecars)
         case "route":
             from solera_merge.route.build import route_skeleton

@@ -115,7 +115,7 @@ def read_stage(kind: str, file: Path) -> tuple[Strict, Path]:
     """The settings of one stage from a file of its own, and the directory its paths are relative to.
 
     The file holds the settings, or a recipe's node (`{kind: {...}}`) as it stands under `stages:`. Paths are relative
-    to the file; merge configs follow mergekit, where they are relative to where one stands.
+    to the file; mergekit's own configs (of a merge or a MoE) follow it: relative to where one stands.
 
     Raises:
         ConfigError: naming file and key.
@@ -129,7 +129,8 @@ def read_stage(kind: str, file: Path) -> tuple[Strict, Path]:
             settings = settings[kind]
         if kind == "merge" and isinstance(settings, Mapping):  # the only one needs no name, but may have one
             settings = {key: value for key, value in settings.items() if key != "name"}
-    return parse_settings(kind, settings, where=str(file)), Path() if kind == "merge" else file.parent
+    here = kind == "merge" or (kind == "moe" and isinstance(settings, Mapping) and "base_model" in settings)
+    return parse_settings(kind, settings, where=str(file)), Path() if here else file.parent
 
 
 def parse_settings(kind: str, settings: Any, *, where: str) -> Strict:

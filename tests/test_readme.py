@@ -36,7 +36,7 @@ def test_the_python_runs(siblings: dict[str, Path], tmp_path: Path, monkeypatch:
 
 
 def test_every_command_named_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    named = set(re.findall(r"`solera ([a-z]+)", README))
+    named = set(re.findall(r"`solera ([a-z-]+)", README))
     assert {"merge", "moe", "tune", "distill", "eval", "gate", "publish", "run"} <= named
     for command in named:
         assert main([command, "--help"]) == 0, command

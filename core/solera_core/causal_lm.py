@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,7 +22,7 @@ from solera_core.sidecars import TOKENIZER_FILES, copy_sidecars, find_sidecars, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_model", "load_report", "load_tokenizer", "save_model"]
+__all__ = ["ParameterInfo", "load_model", "load_report", "load_tokenizer", "meta_parameters", "save_model"]
 
 _SHARD_SIZE: Final = "5GB"  # transformers 5 alone would write 50GB
 
@@ -107,6 +108,45 @@ def load_report(path: Path, *, trust_remote_code: bool = False) -> dict[str, lis
         except Exception as e:
             raise VerificationError(f"{path}: transformers cannot load what was written: {e}") from e
     return _report(info)
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """A parameter as transformers has it in memory.
+
+    Attributes:
+        shape: there.
+        module: class of the module that holds it: `Linear`, `Conv1D`, `Embedding`, ...
+        transposed: fused experts only: stored [experts, in, out], not [experts, out, in].
+    """
+
+    shape: tuple[int, ...]
+    module: str
+    transposed: bool
+
+
+def meta_parameters(path: Path, *, trust_remote_code: bool = False) -> dict[str, ParameterInfo]:
+    """The parameters of the model that the config in `path` describes, on the meta device; tied ones once.
+
+    Raises:
+        CheckpointError: transformers does not know the model.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    with _quiet(), torch.device("meta"):
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+            kind = _auto_class(path, trust_remote_code)
+            model: Any = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+        except Exception as e:  # whatever a config can provoke
+            raise CheckpointError(f"{path}: transformers does not know the model: {e}") from e
+    found: dict[str, ParameterInfo] = {}
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        transposed = bool(getattr(module, "is_transposed", False))
+        found[name] = ParameterInfo(tuple(parameter.shape), type(module).__name__, transposed)
+    return found
 
 
 def save_model(

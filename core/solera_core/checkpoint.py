@@ -307,7 +307,7 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> dict[str
         if (directory / "adapter_config.json").exists():
             raise CheckpointError(
                 f"{directory}: is a LoRA adapter, not a model; write <model>+{directory.name}, "
-                "behind the model that it was made for"
+                "behind the model that it was made for, or add `adapter: {}` to the recipe to merge adapters into one"
             )
         if (directory / "route.json").exists():
             raise CheckpointError(

@@ -18,13 +18,16 @@ from solera_core.architecture import (
     ties_embeddings,
     vocab_size,
 )
-from solera_core.checkpoint import Checkpoint
+from solera_core.checkpoint import Checkpoint, open_checkpoint
+from solera_core.context import Context
 from solera_core.digest import file_sha256
 from solera_core.errors import CheckpointError
+from solera_core.hub import resolve, split_adapter
 from solera_core.licence import read_licence
+from solera_core.lora import StoredAdapter, is_adapter, open_stored
 from solera_core.provenance import FILE_NAME, read_provenance
 
-__all__ = ["ParameterCount", "describe", "parameter_count"]
+__all__ = ["ParameterCount", "describe", "describe_adapter", "describe_reference", "parameter_count"]
 
 _ROUTED: Final = re.compile(r"\.experts\.")
 _FUSED: Final = re.compile(r"\.block_sparse_moe\.(input_linear|output_linear)\.weight$")  # GraniteMoe: experts first
@@ -108,6 +111,40 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "tokenizer": _tokenizer(checkpoint),
         "licence": None if licence.id is None else licence.label,
         "provenance": _provenance(checkpoint.path),
+    }
+
+
+def describe_reference(ref: str, ctx: Context) -> dict[str, Any]:
+    """What `ref` is: a checkpoint, whose weights stay on the hub, or a LoRA adapter.
+
+    Raises:
+        CheckpointError: not found, or neither of the two.
+    """
+    if split_adapter(ref, ctx) is None and is_adapter(resolve(ref, ctx, weights="later").path):
+        return describe_adapter(open_stored(ref, ctx))
+    return describe(open_checkpoint(ref, ctx, weights="later"))
+
+
+def describe_adapter(adapter: StoredAdapter) -> dict[str, Any]:
+    """A JSON-serialisable description of a LoRA adapter."""
+    settings, tensors = adapter.settings, adapter.source.tensors.values()
+    kinds = [kind for kind, key in (("DoRA", "use_dora"), ("rank-stabilised", "use_rslora")) if settings.get(key)]
+    return {
+        "ref": adapter.ref,
+        "revision": adapter.revision,
+        "family": " ".join(["LoRA adapter", *(f"({kind})" for kind in kinds)]),
+        "base_model": adapter.base_model,
+        "task": settings.get("task_type"),
+        "modules": len(adapter.modules),
+        "targets": dict(sorted(Counter(module.name.rpartition(".")[2] for module in adapter.modules).items())),
+        "ranks": {str(r): n for r, n in sorted(Counter(module.a.shape[0] for module in adapter.modules).items())},
+        "alpha": settings["lora_alpha"],
+        "saved_in_full": sorted(adapter.full),
+        "tensors": len(tensors),
+        "dtypes": dict(sorted(Counter(info.dtype for info in tensors).items())),
+        "parameters": {"total": sum(info.size for info in tensors), "bytes": adapter.nbytes},
+        "licence": read_licence(adapter.ref, adapter.directory).label,
+        "provenance": _provenance(adapter.directory),
     }
 
 

@@ -18,7 +18,8 @@ from solera_core.data import DataSource, read_documents
 from solera_core.digest import checkpoint_digest, file_sha256, json_digest, tensor_digest
 from solera_core.errors import CheckpointError, DataError, VerificationError
 from solera_core.headers import TensorInfo
-from solera_core.shards import find_weights, read_headers
+from solera_core.lora import WEIGHTS_FILE, StoredAdapter, is_adapter, read_settings
+from solera_core.shards import Weights, find_weights, read_headers
 from solera_core.sources import SafetensorsSource
 from solera_core.staging import RESUME_KEY_FILE
 from solera_core.version import __version__
@@ -27,6 +28,7 @@ __all__ = [
     "BASE_DIR_FILE",
     "FILE_NAME",
     "InputRecord",
+    "adapter_record",
     "data_record",
     "input_record",
     "read_provenance",
@@ -73,6 +75,11 @@ def input_record(checkpoint: Checkpoint, name: str | None = None, *, attest: boo
     """The record of a model; `name` is its role (default: its reference). `attest`: every byte of it is hashed."""
     digest = checkpoint.digest() if attest else checkpoint.identity()
     return InputRecord(name or checkpoint.ref, checkpoint.ref, checkpoint.revision, digest)
+
+
+def adapter_record(adapter: StoredAdapter) -> InputRecord:
+    """The record of an adapter that is merged as such, without a model."""
+    return InputRecord(adapter.ref, adapter.ref, adapter.revision, adapter.digest())
 
 
 def data_record(name: str, source: DataSource, base_dir: Path) -> InputRecord:
@@ -215,7 +222,9 @@ def _versions() -> dict[str, str]:
 
 
 def _stored(directory: Path) -> dict[str, TensorInfo]:
-    """The tensors of the model in `directory`; none where there is no model."""
+    """The tensors of the model or adapter in `directory`; none where there is neither."""
+    if is_adapter(directory):
+        return read_headers(Weights((directory / WEIGHTS_FILE,), None, None, pickled=False))
     if not (directory / "config.json").exists() and not any(directory.glob("model*.safetensors*")):
         return {}
     return read_headers(find_weights(directory, allow_pickle=False))
@@ -250,5 +259,7 @@ def _digest(
 ) -> str:
     if not stored:
         return json_digest({"files": files})
+    if is_adapter(directory):
+        return checkpoint_digest(read_settings(directory), stored.values(), digests)
     config = read_config(directory, trust_remote_code=True) if (directory / "config.json").exists() else {}
     return checkpoint_digest(config, stored.values(), digests)

@@ -9,7 +9,9 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from solera_core.strict import Strict, did_you_mean
+from solera_merge.adapters.settings import COMBINATIONS, METHODS_OF_UPDATES, AdapterSettings
 from solera_merge.methods.catalogue import METHODS, Method
+from solera_merge.reference import ModelName
 from solera_merge.settings import Setting, scalars_of
 from solera_merge.tokenizer.config import TokenizerConfig
 
@@ -23,11 +25,12 @@ class ModelSource(Strict):
     """One model of a merge over all layers.
 
     Attributes:
-        model: a directory, `org/name[@revision]`, the name of a stage, or any of them with `+adapter`.
+        model: a directory, `org/name[@revision]`, the name of a stage, or any of them with `+adapter`; mergekit's
+            mapping `{model: {path, revision}, lora: ...}` is read as such a line.
         parameters: of the method, for this model only.
     """
 
-    model: str
+    model: ModelName
     parameters: Parameters = Field(default_factory=dict)
 
 
@@ -40,7 +43,7 @@ class SliceSource(Strict):
         parameters: of the method, for this model in this slice only.
     """
 
-    model: str
+    model: ModelName
     layer_range: tuple[int, int]
     parameters: Parameters = Field(default_factory=dict)
 
@@ -62,7 +65,7 @@ class OutputSlice(Strict):
     """
 
     sources: list[SliceSource] = Field(min_length=1)
-    base_model: str | None = None
+    base_model: ModelName | None = None
     parameters: Parameters = Field(default_factory=dict)
     residual_weight: None = None
 
@@ -88,7 +91,7 @@ class OutputModule(Strict):
     models: list[ModelSource] | None = Field(default=None, min_length=1)
     slices: list[OutputSlice] | None = Field(default=None, min_length=1)
     merge_method: str | None = None
-    base_model: str | None = None
+    base_model: ModelName | None = None
     parameters: Parameters = Field(default_factory=dict)
 
     @field_validator("merge_method")
@@ -122,6 +125,7 @@ class MergeConfig(Strict):
             config's owner, and all models must have its tokens.
         tokenizer: the same with settings of single tokens.
         chat_template: `auto`, a name, or the text of a template (`solera_merge.tokenizer.chat`).
+        adapter: all models are LoRA adapters, and so is the output (`docs/adapters.md`).
     """
 
     merge_method: str
@@ -129,13 +133,14 @@ class MergeConfig(Strict):
     slices: list[OutputSlice] | None = Field(default=None, min_length=1)
     modules: dict[str, OutputModule] | None = Field(default=None, min_length=1)
     towers: dict[str, OutputModule] | None = Field(default=None, min_length=1)
-    base_model: str | None = None
+    base_model: ModelName | None = None
     parameters: Parameters = Field(default_factory=dict)
     dtype: DType | None = None
     out_dtype: DType | None = None
-    tokenizer_source: str | None = None
+    tokenizer_source: ModelName | None = None
     tokenizer: TokenizerConfig | None = None
     chat_template: str | None = None
+    adapter: AdapterSettings | None = None
 
     @property
     def method(self) -> Method:
@@ -186,9 +191,22 @@ class MergeConfig(Strict):
             problems.append("tokenizer_source: `base` needs a base_model")
         for where, parameters, per_source, methods in self._levels():
             problems += [f"{where}{problem}" for problem in _misfits(parameters, methods, per_source=per_source)]
+        problems += self._misfits_of_adapters(self.adapter) if self.adapter is not None else []
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _misfits_of_adapters(self, adapter: AdapterSettings) -> Iterator[str]:
+        for name in ("slices", "modules", "towers", "base_model", "tokenizer_source", "tokenizer", "chat_template"):
+            if getattr(self, name) is not None:
+                yield f"{name}: has no meaning where adapters are merged into an adapter (`adapter:`)"
+        if self.merge_method not in METHODS_OF_UPDATES:
+            yield (
+                f"merge_method: {self.merge_method!r} needs the weights themselves, not only their changes; "
+                f"adapters can be merged by {', '.join(METHODS_OF_UPDATES)}"
+            )
+        elif self.merge_method not in COMBINATIONS and adapter.space == "product" and adapter.keep is None:
+            yield f"adapter: the merged update of {self.merge_method} has full rank; give `rank` or `energy`"
 
     def _levels(self) -> Iterator[tuple[str, Mapping[str, Any], bool, list[Method]]]:
         """(place in the recipe, parameters there, whether the place belongs to one model, methods they are for)."""

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from solera_core.dtypes import ITEM_BYTES
 from solera_core.errors import CheckpointError
 from solera_core.progress import Progress
 from solera_core.writer import CheckpointWriter
-from solera_merge.block import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Float32
+from solera_merge.block import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Float32, Unit, block_starts
 from solera_merge.drift import relative
 from solera_merge.memory import Budget, default_memory_bytes, keep_freed_memory
 from solera_merge.methods.catalogue import METHODS
 from solera_merge.plan import COPY, TensorPlan, tensor_bytes
+from solera_merge.selection import Each
 from solera_merge.streams import RawStream, StreamedTensor
 
 if TYPE_CHECKING:
@@ -76,24 +78,14 @@ def execute(
             with lock:
                 task.advance(amount)
 
-        try:
-            findings = _survey(tensors, checkpoints, advance, block_elements)
+        def on_threads(function: Callable[[TensorPlan], None], chosen: Sequence[TensorPlan], device: str) -> None:
+            """Call it with every tensor, the largest first; the error that came first is raised."""
 
             def work(tensor: TensorPlan) -> None:
-                finding = findings.get(tensor.name)
-                need = tensor_bytes(tensor, device="cpu" if device is None else device.name)
                 try:
-                    with budget.take(need):
+                    with budget.take(tensor_bytes(tensor, device=device)):
                         advance(0)  # another thread may have failed while this one waited
-                        merge_tensor(
-                            tensor,
-                            checkpoints,
-                            writer,
-                            advance,
-                            finding=finding,
-                            block_elements=block_elements,
-                            device=device,
-                        )
+                        function(tensor)
                 except BaseException as e:
                     with lock:
                         if not stop.is_set():
@@ -101,11 +93,27 @@ def execute(
                             stop.set()  # here, not where it is waited for: the main thread may be slow to wake up
                     raise
 
-            largest_first = sorted(open_tensors, key=lambda tensor: -tensor.spec.nbytes)
-            futures = [pool.submit(work, tensor) for tensor in largest_first]
-            wait(futures, return_when=FIRST_EXCEPTION)
+            largest_first = sorted(chosen, key=lambda tensor: -tensor.spec.nbytes)
+            wait([pool.submit(work, tensor) for tensor in largest_first], return_when=FIRST_EXCEPTION)
             if failed:
                 raise failed[0]
+
+        try:
+            findings = _survey(tensors, checkpoints, advance, block_elements, partial(on_threads, device="cpu"))
+
+            def merge_one(tensor: TensorPlan) -> None:
+                finding = findings.get(tensor.name)
+                merge_tensor(
+                    tensor,
+                    checkpoints,
+                    writer,
+                    advance,
+                    finding=finding,
+                    block_elements=block_elements,
+                    device=device,
+                )
+
+            on_threads(merge_one, open_tensors, "cpu" if device is None else device.name)
         finally:  # also on KeyboardInterrupt
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -221,6 +229,7 @@ def _survey(
     checkpoints: Sequence[Checkpoint],
     advance: Callable[[int], None],
     block_elements: int,
+    on_threads: Callable[[Callable[[TensorPlan], None], Sequence[TensorPlan]], None],
 ) -> dict[str, Any]:
     """What the methods' surveys over the whole model find, by tensor; empty for methods without one."""
     findings: dict[str, Any] = {}
@@ -230,18 +239,31 @@ def _survey(
         if survey is not None:
             mine = [tensor for tensor in ours if tensor.method == name]
             streams = [StreamedTensor(tensor, checkpoints, block_elements, advance) for tensor in mine]
-            found = survey(streams, [tensor.parameters for tensor in mine])
+            found = survey(streams, [tensor.parameters for tensor in mine], _each(mine, on_threads))
             findings.update(zip((tensor.name for tensor in mine), found, strict=True))
     return findings
 
 
+def _each(
+    tensors: Sequence[TensorPlan],
+    on_threads: Callable[[Callable[[TensorPlan], None], Sequence[TensorPlan]], None],
+) -> Each:
+    """`on_threads` for those who know the tensors by their numbers."""
+    numbers = {tensor.name: i for i, tensor in enumerate(tensors)}
+
+    def each(function: Callable[[int], None], chosen: Sequence[int]) -> None:
+        on_threads(lambda tensor: function(numbers[tensor.name]), [tensors[i] for i in chosen])
+
+    return each
+
+
 def _is_plain(tensor: TensorPlan, checkpoints: Sequence[Checkpoint]) -> bool:
     """Whether a fused twin of the method can work on the stored bytes."""
-    from solera_merge.fused import FUSED
+    from solera_merge.fused import has_twin
     from solera_merge.kernels.formats import CODES
 
     return (
-        tensor.method in FUSED
+        has_twin(tensor.method, tensor.parameters)
         and tensor.dtype in CODES
         and all(checkpoints[s.model].is_plain(s.name, tuple(CODES)) for s in tensor.sources)
     )
@@ -258,7 +280,7 @@ def _merge_raw(
     drift: npt.NDArray[np.float64],
 ) -> None:
     """Through a twin of the formula, compiled or on a device: the same bits, sooner. `begin` as for `_merge_blocks`."""
-    from solera_merge.fused import NotFiniteError, merged_blocks
+    from solera_merge.fused import ROWS, NotFiniteError, merged_blocks
 
     method = METHODS[tensor.method]
     keywords = method.keywords(tensor.parameters)
@@ -269,7 +291,9 @@ def _merge_raw(
         )
     else:
         twin = merged_blocks
-        stream = RawStream(tensor, checkpoints, block_elements, advance, begin=begin)
+        unit: Unit = "rows" if tensor.method in ROWS else "elements"
+        step = block_starts(tensor.shape, unit, block_elements)[1] if tensor.spec.size else 1
+        stream = RawStream(tensor, checkpoints, step, advance, begin=begin)
     before = drift.copy()
     with stream as raw:
         start = 0

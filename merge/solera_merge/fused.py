@@ -5,36 +5,41 @@ it looks at raw blocks through the kernels in `kernels/`. The engine takes it wh
 float32, float16 or bfloat16; everything else goes through the readable function.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias, TypedDict, Unpack
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from solera_core.dtypes import ITEM_BYTES
 from solera_merge.block import CHUNK_ELEMENTS
+from solera_merge.kernels.elections import ELECT_NONE, ELECT_WEIGHTED
 from solera_merge.kernels.formats import CODES
-from solera_merge.kernels.norms import norms_and_dots
-from solera_merge.kernels.selection import collect_bin, count_lower, count_upper, find_equal
-from solera_merge.kernels.spans import Rows, span_of_deltas, span_of_largest, span_of_random, span_of_sum
+from solera_merge.kernels.spans import Rows
 from solera_merge.masks import split_key, threshold
-from solera_merge.methods.slerp import coefficients
-from solera_merge.reduction import LANES, add_parts, root_sums
-from solera_merge.selection import KEEP_ALL, KEEP_NONE, LOWER, TABLES, UPPER, Cut, count_kept, descend
-from solera_merge.task_vectors import rescale_factors
+from solera_merge.raw_selection import NotFiniteError, raw_cuts
+from solera_merge.reduction import LANES, add_parts, symmetric
+from solera_merge.selection import KEEP_NONE, Band, Cut, band_ranks, count_kept
+from solera_merge.task_vectors import norm_factors, rank_tables, rescale_factors
 
-__all__ = ["FUSED", "Drift", "NotFiniteError", "RawBlock", "RawFormula", "RawTensor", "merged_blocks"]
-
-_COLLECTED = 1 << 18  # elements of a bin that are held in memory to be ranked: 2.5 MB
+__all__ = [
+    "FUSED",
+    "ROWS",
+    "Drift",
+    "NotFiniteError",
+    "RawBlock",
+    "RawFormula",
+    "RawTensor",
+    "has_twin",
+    "merged_blocks",
+]
 
 
 _NO_FILES, _NO_OFFSETS = np.empty(0, np.int32), np.empty(0, np.int64)
-
-
-class NotFiniteError(Exception):
-    """An input holds NaN or infinity, or cannot be read; the engine looks for the place."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class RawBlock:
     """The same elements of every source, as stored.
 
     Attributes:
-        start: flat index of the first element; a multiple of `CHUNK_ELEMENTS`.
+        start: flat index of the first element; a multiple of `CHUNK_ELEMENTS`, or of whole rows (`ROWS`).
         n: number of elements.
         raw: [N, bytes], one row a source: the models, then the base where there is one.
         codes: [N], number format of each row (`solera_merge.kernels.formats.CODES`).
@@ -71,6 +76,11 @@ class RawTensor(Protocol):
     @property
     def size(self) -> int:
         """Number of elements."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of every source and of the result."""
         ...
 
     @property
@@ -105,6 +115,8 @@ _one = np.float32(1)
 
 def linear(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool) -> RawFormula:
     """As `methods.linear`."""
+    from solera_merge.kernels.sums import span_of_sum
+
     factors = np.array(weight, np.float32)
     divisor = np.float32(sum(weight)) if normalize else _one
     return lambda b, out, code, drift: span_of_sum(*b.rows, factors, divisor, out, code, drift, 0)
@@ -112,26 +124,65 @@ def linear(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool) -
 
 def passthrough(_tensor: RawTensor, /, *, scale: Sequence[float]) -> RawFormula:
     """As `methods.passthrough`."""
+    from solera_merge.kernels.sums import span_of_sum
+
     factors = np.array(scale, np.float32)
     return lambda b, out, code, drift: span_of_sum(*b.rows, factors, _one, out, code, drift, 0)
 
 
 def slerp(tensor: RawTensor, /, *, t: float) -> RawFormula:
     """As `methods.slerp`."""
-    base, model, product = list[float](), list[float](), list[float]()
-    for block in tensor.blocks():
-        sums = np.empty((3, -(-block.n // CHUNK_ELEMENTS)))
-        if norms_and_dots(block.raw, block.codes, block.n, CHUNK_ELEMENTS, LANES, sums):
-            raise NotFiniteError
-        for parts, more in zip((base, model, product), sums.tolist(), strict=True):
-            add_parts(parts, more)
-    c_base, c_model = coefficients(t, *root_sums(base, model, product))
+    from solera_merge.kernels.sums import span_of_sum
+    from solera_merge.methods.slerp import coefficients
+
+    (model, product), (_, base) = _gram(tensor, 2)
+    c_base, c_model = coefficients(t, math.sqrt(base), math.sqrt(model), product)
     factors = np.array([c_model, c_base], np.float32)  # a sum of two has the same bits in either order
     return lambda b, out, code, drift: span_of_sum(*b.rows, factors, _one, out, code, drift, 1)
 
 
+def nuslerp(
+    tensor: RawTensor, /, *, weight: Sequence[float], nuslerp_row_wise: bool, nuslerp_flatten: bool
+) -> RawFormula:
+    """As `methods.nuslerp` where the whole tensor is one vector."""
+    from solera_merge.methods.nuslerp import coefficients
+
+    assert nuslerp_flatten
+    del nuslerp_row_wise
+    return _in_span(coefficients(_gram(tensor, 2), weight[1] / (weight[0] + weight[1])))
+
+
+def multislerp(tensor: RawTensor, /, *, weight: Sequence[float], normalize_weights: bool, eps: float) -> RawFormula:
+    """As `methods.multislerp`."""
+    from solera_merge.methods.multislerp import coefficients
+
+    divisor = math.fsum(weight) if normalize_weights else 1.0
+    return _in_span(coefficients(_gram(tensor, len(weight)), [w / divisor for w in weight], eps))
+
+
+def karcher(tensor: RawTensor, /, *, weight: Sequence[float], max_iter: int, tol: float) -> RawFormula:
+    """As `methods.karcher`."""
+    from solera_merge.methods.karcher import coefficients
+
+    return _in_span(coefficients(_gram(tensor, len(weight)), weight, max_iter, tol))
+
+
+def model_stock(tensor: RawTensor, /, *, filter_wise: bool) -> RawFormula:
+    """As `methods.model_stock` with one angle a tensor."""
+    from solera_merge.kernels.sums import span_of_deltas
+    from solera_merge.methods.model_stock import ratio
+
+    assert not filter_wise
+    count = len(tensor.keys)
+    t = np.float32(ratio(_gram(tensor, count)))
+    ones, divisor = np.ones(count, np.float32), np.float32(count)
+    return lambda b, out, code, drift: span_of_deltas(*b.rows, ones, divisor, t, out, code, drift)
+
+
 def task_arithmetic(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool, lambda_: float) -> RawFormula:
     """As `methods.task_arithmetic`."""
+    from solera_merge.kernels.sums import span_of_deltas
+
     factors = np.array(weight, np.float32)
     divisor = np.float32(sum(weight) or 1.0) if normalize else _one
     scale = np.float32(lambda_)
@@ -145,6 +196,7 @@ def ties(
     weight: Sequence[float],
     density: Sequence[float],
     normalize: bool,
+    rescale: bool,
     lambda_: float,
     scope: str,
     int8_mask: bool,
@@ -152,13 +204,117 @@ def ties(
     """As `methods.ties` for `scope: tensor`."""
     assert scope == "tensor", "the engine takes the readable method for what a survey has found"
     del int8_mask
-    cuts = largest_deltas(tensor, density)
-    bits = np.array([cut.bits for cut in cuts], np.uint32)
-    last = np.array([min(cut.last, tensor.size) for cut in cuts], np.int64)
+    cuts = raw_cuts(tensor, [(i, count_kept(d, tensor.size)) for i, d in enumerate(density)])
+    bands = [Band(cut, KEEP_NONE) for cut in cuts]
+    return _merged_bands(tensor, bands, weight, ELECT_WEIGHTED, normalize, rescale, lambda_)
+
+
+class Breadcrumbs(TypedDict):
+    """The parameters of both."""
+
+    weight: Sequence[float]
+    density: Sequence[float]
+    gamma: Sequence[float]
+    normalize: bool
+    rescale: bool
+    lambda_: float
+    scope: str
+    int8_mask: bool
+
+
+def breadcrumbs(tensor: RawTensor, /, **parameters: Unpack[Breadcrumbs]) -> RawFormula:
+    """As `methods.breadcrumbs` for `scope: tensor`."""
+    return _breadcrumbs(tensor, ELECT_NONE, **parameters)
+
+
+def breadcrumbs_ties(tensor: RawTensor, /, **parameters: Unpack[Breadcrumbs]) -> RawFormula:
+    """As `methods.breadcrumbs_ties` for `scope: tensor`."""
+    return _breadcrumbs(tensor, ELECT_WEIGHTED, **parameters)
+
+
+def _breadcrumbs(tensor: RawTensor, elect: int, **parameters: Unpack[Breadcrumbs]) -> RawFormula:
+    assert parameters["scope"] == "tensor", "the engine takes the readable method for what a survey has found"
+    shares = enumerate(zip(parameters["density"], parameters["gamma"], strict=True))
+    cuts = raw_cuts(tensor, [(i, k) for i, (d, g) in shares for k in band_ranks(tensor.size, d, g)])
+    bands = [Band(outer, inner) for outer, inner in zip(cuts[::2], cuts[1::2], strict=True)]
+    weight, normalize, rescale = parameters["weight"], parameters["normalize"], parameters["rescale"]
+    return _merged_bands(tensor, bands, weight, elect, normalize, rescale, parameters["lambda_"])
+
+
+def _merged_bands(
+    tensor: RawTensor,
+    bands: Sequence[Band],
+    weight: Sequence[float],
+    elect: int,
+    normalize: bool,
+    rescale: bool,
+    lambda_: float,
+) -> RawFormula:
+    from solera_merge.kernels.sparsified import span_of_band
+
+    limits = _Limits(*_arrays([band.outer for band in bands], tensor), *_arrays([band.inner for band in bands], tensor))
+    kept = np.array(_keep_norm(tensor, limits) if rescale else [1.0] * len(bands), np.float32)
     factors, scale = np.array(weight, np.float32), np.float32(lambda_)
-    return lambda b, out, code, drift: span_of_largest(
-        *b.rows, b.start, bits, last, factors, normalize, scale, out, code, drift
+    divisor = np.float32(sum(weight) or 1.0)
+    return lambda b, out, code, drift: span_of_band(
+        *b.rows,
+        b.start,
+        limits.outer,
+        limits.outer_last,
+        limits.inner,
+        limits.inner_last,
+        kept,
+        factors,
+        elect,
+        normalize,
+        divisor,
+        scale,
+        out,
+        code,
+        drift,
     )
+
+
+class _Limits(NamedTuple):
+    """Bands of all models, [N] each, as kernels take them."""
+
+    outer: npt.NDArray[np.uint32]
+    outer_last: npt.NDArray[np.int64]
+    inner: npt.NDArray[np.uint32]
+    inner_last: npt.NDArray[np.int64]
+
+
+def _arrays(cuts: Sequence[Cut], tensor: RawTensor) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    places = [min(cut.last, tensor.size) for cut in cuts]
+    return np.array([cut.bits for cut in cuts], np.uint32), np.array(places, np.int64)
+
+
+def _keep_norm(tensor: RawTensor, limits: _Limits) -> list[np.float32]:
+    """As `task_vectors.keep_norm`."""
+    from solera_merge.kernels.sparsified import l1_chunks
+
+    models = limits.outer.size
+    before, after = [list[float]() for _ in range(models)], [list[float]() for _ in range(models)]
+    for block in tensor.blocks():
+        sums = np.empty((2, -(-block.n // CHUNK_ELEMENTS)))
+        for i in range(models):
+            l1_chunks(
+                block.raw,
+                block.codes,
+                block.n,
+                block.start,
+                i,
+                limits.outer[i],
+                limits.outer_last[i],
+                limits.inner[i],
+                limits.inner_last[i],
+                CHUNK_ELEMENTS,
+                LANES,
+                sums,
+            )
+            add_parts(before[i], sums[0].tolist())
+            add_parts(after[i], sums[1].tolist())
+    return norm_factors([math.fsum(x) for x in before], [math.fsum(x) for x in after])
 
 
 class Dare(TypedDict):
@@ -174,15 +330,17 @@ class Dare(TypedDict):
 
 def dare_ties(tensor: RawTensor, /, **parameters: Unpack[Dare]) -> RawFormula:
     """As `methods.dare_ties`."""
-    return _dare(tensor, elect=True, **parameters)
+    return _dare(tensor, ELECT_WEIGHTED, **parameters)
 
 
 def dare_linear(tensor: RawTensor, /, **parameters: Unpack[Dare]) -> RawFormula:
     """As `methods.dare_linear`."""
-    return _dare(tensor, elect=False, **parameters)
+    return _dare(tensor, ELECT_NONE, **parameters)
 
 
-def _dare(tensor: RawTensor, *, elect: bool, **parameters: Unpack[Dare]) -> RawFormula:
+def _dare(tensor: RawTensor, elect: int, **parameters: Unpack[Dare]) -> RawFormula:
+    from solera_merge.kernels.sparsified import span_of_random
+
     weight, density = parameters["weight"], parameters["density"]
     normalize = parameters["normalize"]
     keys = np.array([split_key(key) for key in tensor.keys], np.uint64)
@@ -195,13 +353,223 @@ def _dare(tensor: RawTensor, *, elect: bool, **parameters: Unpack[Dare]) -> RawF
     )
 
 
+class Della(TypedDict):
+    """The parameters of both."""
+
+    weight: Sequence[float]
+    density: Sequence[float]
+    epsilon: Sequence[float]
+    normalize: bool
+    rescale: bool
+    lambda_: float
+    int8_mask: bool
+
+
+def della(tensor: RawTensor, /, **parameters: Unpack[Della]) -> RawFormula:
+    """As `methods.della`."""
+    return _della(tensor, ELECT_WEIGHTED, **parameters)
+
+
+def della_linear(tensor: RawTensor, /, **parameters: Unpack[Della]) -> RawFormula:
+    """As `methods.della_linear`."""
+    return _della(tensor, ELECT_NONE, **parameters)
+
+
+def _della(tensor: RawTensor, elect: int, **parameters: Unpack[Della]) -> RawFormula:
+    from solera_merge.kernels.ranks import merge_ranked
+
+    weight, density = parameters["weight"], parameters["density"]
+    normalize, width = parameters["normalize"], _width(tensor)
+    shares = zip(density, parameters["epsilon"], strict=True)
+    tables = [rank_tables(width, d, e, rescale=parameters["rescale"]) for d, e in shares]
+    nothing = [d == 0 for d in density]  # no word is below 0, and the factor of 1 / 0 must not be used
+    limits = np.array([np.zeros_like(t) if zero else t for (t, _), zero in zip(tables, nothing, strict=True)])
+    kept = np.array([np.ones_like(f) if zero else f for (_, f), zero in zip(tables, nothing, strict=True)])
+    drops = np.array([d < 1 for d in density])
+    keys = np.array([split_key(key) for key in tensor.keys], np.uint64)
+    factors, scale = np.array(weight, np.float32), np.float32(parameters["lambda_"])
+    divisor = np.float32(sum(weight) or 1.0)
+    return lambda b, out, code, drift: merge_ranked(
+        b.raw,
+        b.codes,
+        b.n,
+        b.start,
+        width,
+        keys,
+        drops,
+        limits,
+        kept,
+        factors,
+        elect,
+        normalize,
+        divisor,
+        scale,
+        out,
+        code,
+        drift,
+    )
+
+
+def arcee_fusion(tensor: RawTensor, /) -> RawFormula:
+    """As `methods.arcee_fusion`."""
+    from solera_merge.kernels.fusion import divergence_of_rows, importances, merge_important
+    from solera_merge.methods.arcee_fusion import threshold_of
+
+    width = _width(tensor)
+    divergence = np.empty(tensor.size // width, np.float32)
+    buffer = np.empty(tensor.step, np.float32)
+
+    def of(block: RawBlock) -> npt.NDArray[np.float32]:
+        return divergence[block.start // width : (block.start + block.n) // width]
+
+    for block in tensor.blocks():
+        if divergence_of_rows(block.raw, block.codes, block.n, width, of(block)):
+            raise NotFiniteError
+
+    def passes() -> Iterator[npt.NDArray[np.float32]]:
+        for block in tensor.blocks():
+            importances(block.raw, block.codes, block.n, of(block), buffer)
+            yield buffer[: block.n]
+
+    limit = threshold_of(passes, tensor.size)
+    return lambda b, out, code, drift: merge_important(b.raw, b.codes, b.n, of(b), limit, out, code, drift)
+
+
+def _width(tensor: RawTensor) -> int:
+    return max(tensor.shape[-1] if tensor.shape else 1, 1)
+
+
+def sce(tensor: RawTensor, /, *, select_topk: float, int8_mask: bool) -> RawFormula:
+    """As `methods.sce`."""
+    from solera_merge.kernels.sce import span_of_selected, squares_of_selected
+    from solera_merge.kernels.selection import SPREAD
+    from solera_merge.methods.sce import count_selected, shares
+
+    del int8_mask
+    wanted = tensor.size if select_topk >= 1 else partial(count_selected, select_topk)
+    [cut] = raw_cuts(tensor, [(SPREAD, wanted)])
+    bits, last = np.uint32(cut.bits), min(cut.last, tensor.size)
+    parts = [list[float]() for _ in tensor.keys]
+    for block in tensor.blocks():
+        sums = np.empty((len(parts), -(-block.n // CHUNK_ELEMENTS)))
+        raw, codes = block.raw, block.codes
+        if squares_of_selected(raw, codes, block.n, block.start, bits, last, CHUNK_ELEMENTS, LANES, sums):
+            raise NotFiniteError
+        for part, more in zip(parts, sums.tolist(), strict=True):
+            add_parts(part, more)
+    weight = np.array(shares([math.fsum(part) for part in parts]), np.float32)
+    return lambda b, out, code, drift: span_of_selected(*b.rows, b.start, bits, last, weight, out, code, drift)
+
+
+def nearswap(_tensor: RawTensor, /, *, t: float) -> RawFormula:
+    """As `methods.nearswap`."""
+    from solera_merge.kernels.changes import span_of_near
+
+    step = np.float32(t)
+    return lambda b, out, code, drift: span_of_near(*b.rows, step, out, code, drift)
+
+
+def ram(tensor: RawTensor, /, *, epsilon: float) -> RawFormula:
+    """As `methods.ram`."""
+    return _selective(epsilon, [1.0] * len(tensor.keys))
+
+
+def ramplus_tl(tensor: RawTensor, /, *, r: float, alpha: float, epsilon: float) -> RawFormula:
+    """As `methods.ramplus_tl`."""
+    from solera_merge.kernels.changes import count_changes
+    from solera_merge.methods.ram import scales
+
+    counts = np.zeros((len(tensor.keys), 2), np.int64)
+    for block in tensor.blocks():
+        if count_changes(block.raw, block.codes, block.n, np.float32(epsilon), counts):
+            raise NotFiniteError
+    return _selective(epsilon, scales([(shared, alone) for shared, alone in counts.tolist()], r, alpha))
+
+
+def _selective(epsilon: float, scales: Sequence[float]) -> RawFormula:
+    from solera_merge.kernels.changes import span_of_changes
+
+    limit, factors = np.float32(epsilon), np.array(scales, np.float32)
+    return lambda b, out, code, drift: span_of_changes(*b.rows, limit, factors, out, code, drift)
+
+
+def _gram(tensor: RawTensor, count: int) -> list[list[float]]:
+    """As `solera_merge.reduction.gram`, of the first `count` rows; from the base where there is one more."""
+    from solera_merge.kernels.norms import gram_chunks
+
+    parts = [list[float]() for _ in range(count * (count + 1) // 2)]
+    for block in tensor.blocks():
+        sums = np.empty((len(parts), -(-block.n // CHUNK_ELEMENTS)))
+        if gram_chunks(block.raw, block.codes, block.n, count, CHUNK_ELEMENTS, LANES, sums):
+            raise NotFiniteError
+        for part, more in zip(parts, sums.tolist(), strict=True):
+            add_parts(part, more)
+    return symmetric([math.fsum(part) for part in parts], count)
+
+
+def _in_span(coefficients: Sequence[float]) -> RawFormula:
+    """As `solera_merge.combination.combine`."""
+    from solera_merge.kernels.sums import span_of_deltas, span_of_sum
+
+    factors = np.array(coefficients, np.float32)
+
+    def formula(b: RawBlock, out: npt.NDArray[np.uint8], code: int, drift: Drift) -> int:
+        if b.codes.size > factors.size:
+            return span_of_deltas(*b.rows, factors, _one, _one, out, code, drift)
+        return span_of_sum(*b.rows, factors, _one, out, code, drift, 0)
+
+    return formula
+
+
 FUSED: Mapping[str, Callable[..., RawFormula]] = MappingProxyType(
-    {f.__name__: f for f in (linear, passthrough, slerp, task_arithmetic, ties, dare_ties, dare_linear)}
+    {
+        f.__name__: f
+        for f in (
+            linear,
+            passthrough,
+            slerp,
+            nuslerp,
+            multislerp,
+            karcher,
+            model_stock,
+            task_arithmetic,
+            ties,
+            breadcrumbs,
+            breadcrumbs_ties,
+            dare_ties,
+            dare_linear,
+            della,
+            della_linear,
+            arcee_fusion,
+            sce,
+            nearswap,
+            ram,
+            ramplus_tl,
+        )
+    }
 )
 """By the name of the method."""
 
-_OVER_SPANS = frozenset(FUSED)
+ROWS = frozenset({"della", "della_linear", "arcee_fusion"})
+"""Those whose blocks must be whole rows: the engine makes the tensor's `step` a multiple of its last axis."""
+
+_OVER_SPANS = frozenset(FUSED) - ROWS
 """Those whose last pass reads for itself."""
+
+# The one value of a parameter for which there is a twin.
+_ONLY: Mapping[str, tuple[str, Any]] = {
+    "nuslerp": ("nuslerp_flatten", True),
+    "model_stock": ("filter_wise", False),
+    "ties": ("scope", "tensor"),
+    "breadcrumbs": ("scope", "tensor"),
+    "breadcrumbs_ties": ("scope", "tensor"),
+}
+
+
+def has_twin(method: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether there is a twin of a method for these parameters (by their names in a recipe)."""
+    only = _ONLY.get(method)
+    return method in FUSED and (only is None or parameters[only[0]] == only[1])
 
 
 def merged_blocks(
@@ -232,84 +600,3 @@ def merged_blocks(
         if formula(block, out, CODES[dtype], drift):
             raise NotFiniteError
         yield block, out[: block.n * width]
-
-
-def largest_deltas(tensor: RawTensor, densities: Sequence[float]) -> list[Cut]:
-    """As `solera_merge.selection.largest_deltas`, in two passes where the bin of the k-th magnitude is small."""
-    cuts = {i: KEEP_ALL if d >= 1 else KEEP_NONE for i, d in enumerate(densities)}
-    wanted = {i: count_kept(d, tensor.size) for i, d in enumerate(densities) if 0 < d < 1 and tensor.size > 0}
-    tables = {i: np.zeros((TABLES, UPPER), np.uint32) for i in wanted}
-    zeros = dict.fromkeys(wanted, 0)
-    for block in tensor.blocks() if wanted else ():
-        for i, table in tables.items():
-            found = count_upper(block.raw, block.codes, block.n, i, table)
-            if found < 0:
-                raise NotFiniteError
-            zeros[i] += found
-    searches: list[_Search] = []
-    for i, table in tables.items():
-        histogram = table.sum(axis=0, dtype=np.int64)
-        place, above = descend(histogram, wanted[i])
-        inside = int(histogram[place])
-        if place == 0 and wanted[i] - above > inside - zeros[i]:
-            cuts[i] = Cut(0, tensor.size)  # the k-th is 0, as where less than the density has changed at all
-        else:
-            searches.append(_Search(i, place, wanted[i] - above, inside))
-    tables.clear()
-    small = [s for s in searches if s.inside <= _COLLECTED]
-    large = [s for s in searches if s.inside > _COLLECTED]
-    for block in tensor.blocks() if searches else ():
-        for search in small:
-            search.collect(block)
-        for search in large:
-            count_lower(block.raw, block.codes, block.n, search.model, search.bin, search.lower_counts)
-    for search in small:
-        cuts[search.model] = search.ranked(tensor.size)
-    for search in large:
-        low, above = descend(search.lower_counts, search.wanted)
-        search.wanted -= above
-        search.bits = search.bin << 16 | low
-        if search.wanted == int(search.lower_counts[low]) or search.bits == 0:
-            search.last = tensor.size
-    open_searches = [s for s in large if s.last < 0]
-    for block in tensor.blocks() if open_searches else ():
-        for search in open_searches:
-            if search.wanted > 0:
-                place, seen = find_equal(block.raw, block.codes, block.n, search.model, search.bits, search.wanted)
-                if place >= 0:
-                    search.last = block.start + place
-                search.wanted -= seen
-    for search in large:
-        cuts[search.model] = Cut(search.bits, search.last)
-    return [cuts[i] for i in range(len(densities))]
-
-
-class _Search:
-    """The k-th largest delta of one model, known to lie in `bin`, as the `wanted`-th of `inside` elements there."""
-
-    def __init__(self, model: int, place: int, wanted: int, inside: int) -> None:
-        self.model = model
-        self.bin = place
-        self.wanted = wanted
-        self.inside = inside
-        self.bits = 0
-        self.last = -1
-        self._found = 0
-        small = inside <= _COLLECTED
-        self.lower_counts = np.zeros(0 if small else LOWER, np.int64)
-        self._places = np.empty(inside if small else 0, np.int64)
-        self._lower = np.empty(inside if small else 0, np.uint16)
-
-    def collect(self, block: RawBlock) -> None:
-        """Note the elements of the bin in this block."""
-        self._found = collect_bin(
-            block.raw, block.codes, block.n, self.model, block.start, self.bin, self._places, self._lower, self._found
-        )
-
-    def ranked(self, size: int) -> Cut:
-        """The cut, from what was collected."""
-        low, above = descend(np.bincount(self._lower, minlength=LOWER), self.wanted)
-        bits = self.bin << 16 | low
-        places = self._places[self._lower == low]
-        number = self.wanted - above
-        return Cut(bits, size if number == places.size or bits == 0 else int(places[number - 1]))

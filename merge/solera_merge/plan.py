@@ -292,7 +292,9 @@ def tensor_bytes(tensor: TensorPlan, *, device: str = "cpu") -> int:
     starts = block_starts(shape, unit, _block_elements(tensor.method, device))
     block = starts[1] - starts[0] if len(starts) > 1 else 0
     item_bytes = _SVD_BYTES if unit == "matrices" else 4
-    return (len(tensor.sources) * 2 + _TEMPORARIES) * block * item_bytes + len(tensor.models) * _SELECTION_BYTES
+    held = 0 if tensor.method == COPY else METHODS[tensor.method].held(shape, tensor.parameters)
+    blocks = (len(tensor.sources) * 2 + _TEMPORARIES) * block * item_bytes
+    return blocks + len(tensor.models) * _SELECTION_BYTES + held
 
 
 def _block_elements(method: str, device: str) -> int:

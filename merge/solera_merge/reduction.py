@@ -7,7 +7,16 @@ import numpy as np
 
 from solera_merge.block import CHUNK_ELEMENTS, Block, Float32, Tensor
 
-__all__ = ["LANES", "add_parts", "gram", "norms_and_dot", "root_sums", "sums_of_squares"]
+__all__ = [
+    "LANES",
+    "add_parts",
+    "gram",
+    "norms_and_dot",
+    "root_sums",
+    "sums_of_magnitudes",
+    "sums_of_squares",
+    "symmetric",
+]
 
 LANES = 32
 """Partial sums of a chunk."""
@@ -38,12 +47,23 @@ def gram(tensor: Tensor) -> list[list[float]]:
 
 
 def _products(blocks: Iterable[Sequence[Float32]], count: int) -> list[list[float]]:
-    parts: list[list[list[float]]] = [[[] for _ in range(i + 1)] for i in range(count)]
+    pairs = [(i, j) for i in range(count) for j in range(i + 1)]
+    parts: list[list[float]] = [[] for _ in pairs]
     for block in blocks:
-        for i, row in enumerate(parts):
-            for j, part in enumerate(row):
-                add_parts(part, _chunk_dots(block[i], block[j]))
-    return [[math.fsum(parts[max(i, j)][min(i, j)]) for j in range(count)] for i in range(count)]
+        for part, (i, j) in zip(parts, pairs, strict=True):
+            add_parts(part, _chunk_dots(block[i], block[j]))
+    return symmetric([math.fsum(part) for part in parts], count)
+
+
+def symmetric(lower: Sequence[float], count: int) -> list[list[float]]:
+    """The matrix [N][N] of its entries (i, j) with j <= i, in the order (0, 0), (1, 0), (1, 1), (2, 0), ...
+
+    Example:
+        >>> symmetric([1.0, 2.0, 3.0], 2)
+        [[1.0, 2.0], [2.0, 3.0]]
+    """
+    rows = [lower[i * (i + 1) // 2 :][: i + 1] for i in range(count)]
+    return [[rows[max(i, j)][min(i, j)] for j in range(count)] for i in range(count)]
 
 
 def add_parts(parts: list[float], more: Iterable[float]) -> None:
@@ -80,12 +100,24 @@ def sums_of_squares(tensor: Tensor, vectors: Callable[[Block], Sequence[Float32]
         tensor: read once.
         vectors: block -> equally many vectors [n] for every block.
     """
+    return _sums(tensor, vectors, lambda x: x)
+
+
+def sums_of_magnitudes(tensor: Tensor, vectors: Callable[[Block], Sequence[Float32]]) -> list[float]:
+    """Sum |x| in the same way."""
+    return _sums(tensor, vectors, np.sign)
+
+
+def _sums(
+    tensor: Tensor, vectors: Callable[[Block], Sequence[Float32]], factor: Callable[[Float32], Float32]
+) -> list[float]:
+    """Sum x factor(x) for every x."""
     sums: list[list[float]] = []
     for block in tensor.blocks():
         found = vectors(block)
         sums = sums or [[] for _ in found]
         for partial_sums, x in zip(sums, found, strict=True):
-            add_parts(partial_sums, _chunk_dots(x, x))
+            add_parts(partial_sums, _chunk_dots(x, factor(x)))
     return [math.fsum(partial_sums) for partial_sums in sums]
 
 

@@ -1,16 +1,17 @@
 """The merge stage: a recipe and models in, a verified checkpoint out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from solera_core.context import Context
-from solera_core.output import InputRecord, check_output, check_weights, input_record, write_metadata, write_provenance
+from solera_core.output import check_output, check_weights, input_record, write_metadata, write_provenance
 from solera_core.plan import Plan
 from solera_core.reload_check import ReloadCheck
 from solera_core.staging import check_apart, check_target, require_disk, staged
 from solera_core.writer import CheckpointWriter
+from solera_merge.adapters.merge import Record, merge_adapters, plan_merge_adapters
 from solera_merge.compat import mergekit_versions
 from solera_merge.config import MergeConfig
 from solera_merge.drift import drift_report
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["merge", "plan_merge"]
 
-Record: TypeAlias = Callable[[Mapping[str, Any], list[InputRecord]], tuple[Mapping[str, Any], list[InputRecord]]]
-
 _SHOWN = 5  # outliers named while the merge ends; solera.json has all
 
 # What config.json may say differently about equal models: number format, and who wrote it.
@@ -48,6 +47,8 @@ def plan_merge(config: MergeConfig, ctx: Context) -> Plan:
     Raises:
         InputError: everything that is wrong with the recipe and the models as far as headers tell, one line each.
     """
+    if config.adapter is not None:
+        return plan_merge_adapters(config, ctx)
     plan, models = make_plan(config, ctx)
     return describe(plan, config, models, ctx)
 
@@ -72,6 +73,8 @@ def merge(config: MergeConfig, out: Path, ctx: Context, *, record: Record | None
         VerificationError: what was written cannot be loaded as it should be (a bug, or a model that its own config
             does not describe).
     """
+    if config.adapter is not None:
+        return merge_adapters(config, out, ctx, record=record)
     check_target(out, overwrite=ctx.overwrite)
     plan, models = make_plan(config, ctx)
     check_apart(out, [directory for checkpoint in models.checkpoints for directory in checkpoint.directories])

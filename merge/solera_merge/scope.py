@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from solera_merge.block import Tensor
-from solera_merge.selection import Band, bands
+from solera_merge.selection import Band, Each, bands, one_after_another
 
-__all__ = ["SHARED_OVER_MODEL", "Scope", "survey"]
+__all__ = ["SHARED_OVER_MODEL", "Scope", "check_rescale", "survey"]
 
 Scope: TypeAlias = Literal["tensor", "model"]
 
@@ -19,7 +19,21 @@ SHARED_OVER_MODEL = ("density", "gamma")
 """Parameters that have one value a model where the scope is the model."""
 
 
-def survey(tensors: Sequence[Tensor], parameters: Sequence[Mapping[str, Any]]) -> list[list[Band] | None]:
+def check_rescale(parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError for `rescale` with one threshold for the whole model.
+
+    A tensor that has nearly nothing above that threshold would have what is left blown up without bound.
+    """
+    if parameters["rescale"] and parameters["scope"] == "model":
+        raise ValueError(
+            "`rescale` gives every tensor the norm of its own task vector, which `scope: model` is meant to let go: "
+            "leave one of the two out"
+        )
+
+
+def survey(
+    tensors: Sequence[Tensor], parameters: Sequence[Mapping[str, Any]], each: Each = one_after_another
+) -> list[list[Band] | None]:
     """For every tensor with `scope: model` what its models keep, a band a model; None for the others.
 
     The task vector of a model consists of its parts in all tensors with `scope: model`, in the given order. Of the
@@ -36,7 +50,7 @@ def survey(tensors: Sequence[Tensor], parameters: Sequence[Mapping[str, Any]]) -
     densities, gammas = (
         [_shared(name, where, [parameters[i] for i in chosen]) for where in places] for name in SHARED_OVER_MODEL
     )
-    found = bands([tensors[i] for i in chosen], places, densities, gammas)
+    found = bands([tensors[i] for i in chosen], places, densities, gammas, each)
     kept: list[list[Band] | None] = [None] * len(tensors)
     for t, i in enumerate(chosen):
         kept[i] = [found[models.index(model)][t] for model in tensors[i].model_ids]

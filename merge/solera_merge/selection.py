@@ -9,6 +9,7 @@ A ranking may run through one tensor or through all tensors of a model: then tie
 within it.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -26,14 +27,17 @@ __all__ = [
     "UPPER",
     "Band",
     "Cut",
+    "Each",
     "Kept",
     "Ranked",
+    "band_ranks",
     "bands",
     "count_kept",
     "cuts",
     "descend",
     "largest_deltas",
     "middle_deltas",
+    "one_after_another",
     "order_statistics",
 ]
 
@@ -88,6 +92,16 @@ Value: TypeAlias = Callable[[Block, int], Float32]
 """(block, place of the source in it) -> what is ranked, [n], newly allocated."""
 
 
+Each: TypeAlias = Callable[[Callable[[int], None], Sequence[int]], None]
+"""Calls a function with every number, in any order, perhaps several at once; returns when all is done."""
+
+
+def one_after_another(function: Callable[[int], None], numbers: Sequence[int]) -> None:
+    """The simplest `Each`."""
+    for number in numbers:
+        function(number)
+
+
 @dataclass(frozen=True)
 class Ranked:
     """One ranking of all elements of a source.
@@ -125,6 +139,7 @@ def bands(
     places: Sequence[tuple[int | None, ...]],
     densities: Sequence[float],
     gammas: Sequence[float],
+    each: Each = one_after_another,
 ) -> list[list[Band]]:
     """`middle_deltas` with a ranking that runs through all tensors: a row a source, in it a band a tensor.
 
@@ -133,21 +148,22 @@ def bands(
         places: for every source, as in `Ranked`.
         densities: one a source.
         gammas: one a source.
+        each: how to go over the tensors.
     """
     rankings: list[Ranked] = []
     for where, density, gamma in zip(places, densities, gammas, strict=True):
         size = sum(tensor.size for tensor, place in zip(tensors, where, strict=True) if place is not None)
-        wanted = count_kept(density, size)
-        left_out = min(int(gamma * size), size - wanted)
-        rankings += [Ranked(where, left_out + wanted if wanted else 0), Ranked(where, left_out)]
-    found = cuts(tensors, rankings)
+        rankings += [Ranked(where, k) for k in band_ranks(size, density, gamma)]
+    found = cuts(tensors, rankings, each=each)
     return [
         [Band(outer, inner) for outer, inner in zip(*pair, strict=True)]
         for pair in zip(found[::2], found[1::2], strict=True)
     ]
 
 
-def cuts(tensors: Sequence[Tensor], rankings: Sequence[Ranked], value: Value | None = None) -> list[list[Cut]]:
+def cuts(
+    tensors: Sequence[Tensor], rankings: Sequence[Ranked], value: Value | None = None, each: Each = one_after_another
+) -> list[list[Cut]]:
     """The exact cuts of several rankings, found in the same passes: a row a ranking, in it a cut a tensor.
 
     Among elements that are 0 no choice is made: where the k-th is one of them, all are kept.
@@ -156,45 +172,44 @@ def cuts(tensors: Sequence[Tensor], rankings: Sequence[Ranked], value: Value | N
         tensors: in order.
         rankings: any number.
         value: what is ranked by its magnitude; the deltas W_i - W_0 if None.
+        each: how to go over the tensors.
     """
-    from solera_merge.kernels.selection import count_words, count_words_of_bin
-
-    passes = _Passes(tensors, value or _delta)
-    found: dict[Ranked, list[Cut]] = {}
+    passes = _Passes(tensors, value or _delta, each)
+    found: dict[int, list[Cut]] = {}
     sources: dict[tuple[int | None, ...], _Source] = {}
-    searches: list[_Search] = []
-    for ranking in rankings:
+    for r, ranking in enumerate(rankings):
         size = sum(t.size for t, place in zip(tensors, ranking.places, strict=True) if place is not None)
         if isinstance(ranking.k, int) and not 0 < ranking.k < size:
-            found[ranking] = [KEEP_NONE if ranking.k <= 0 else KEEP_ALL] * len(tensors)
+            found[r] = [KEEP_NONE if ranking.k <= 0 else KEEP_ALL] * len(tensors)
         else:
-            source = sources.setdefault(ranking.places, _Source(ranking.places))
-            searches.append(_Search(ranking, source))
-    for source, _, _, magnitude in passes.over(list(sources.values())):
-        source.nonzero += magnitude.size - count_words(magnitude, source.tables)
-    for search in searches:
-        k = search.ranking.k
-        k = k if isinstance(k, int) else k(search.source.nonzero)
-        if k <= 0:
-            found[search.ranking] = [KEEP_NONE] * len(tensors)
+            sources.setdefault(ranking.places, _Source(ranking.places))
+    passes.count_upper(list(sources.values()))
+    searches: dict[int, _Search] = {}
+    for r, ranking in enumerate(rankings):
+        if r in found:
             continue
-        search.bin, above = descend(search.source.tables.sum(axis=0, dtype=np.int64), k)
-        search.wanted = k - above
-        search.source.searches.append(search)
-    searches = [s for s in searches if s.ranking not in found]
-    for source, _, _, magnitude in passes.over(_sources_of(searches)):
-        for search in source.searches:
-            count_words_of_bin(magnitude, search.bin, search.lower)
-    for search in searches:
+        source = sources[ranking.places]
+        k = ranking.k if isinstance(ranking.k, int) else ranking.k(source.nonzero)
+        if k <= 0:
+            found[r] = [KEEP_NONE] * len(tensors)
+            continue
+        place, above = descend(source.upper, k)
+        searches[r] = _Search(source, place, k - above)
+    passes.count_lower(list(searches.values()))
+    for search in searches.values():
         low, above = descend(search.lower, search.wanted)
         search.wanted -= above
+        search.equal = int(search.lower[low])
         search.bits = search.bin << 16 | low
-        # All of them are kept, or they are zeros.
-        search.closed = search.wanted == int(search.lower[low]) or search.bits == 0
-    _find_last(passes, searches)
-    for search in searches:
-        found[search.ranking] = search.cuts(len(tensors))
-    return [found[ranking] for ranking in rankings]
+    passes.find_last([search for search in searches.values() if not search.closed])
+    return [found[r] if r in found else searches[r].cuts(len(tensors)) for r in range(len(rankings))]
+
+
+def band_ranks(size: int, density: float, gamma: float) -> tuple[int, int]:
+    """How many of the largest of `size` elements are kept or left out, and how many of them are left out."""
+    wanted = count_kept(density, size)
+    left_out = min(int(gamma * size), size - wanted)
+    return (left_out + wanted if wanted else 0), left_out
 
 
 def count_kept(density: float, size: int) -> int:
@@ -250,23 +265,26 @@ class _Source:
     """One model (or whatever else is ranked) with the first level of its histogram."""
 
     places: tuple[int | None, ...]
-    tables: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros((TABLES, UPPER), np.uint32))
+    upper: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(UPPER, np.int64))
     nonzero: int = 0
-    searches: "list[_Search]" = field(default_factory=list["_Search"])
 
 
 @dataclass(eq=False)
 class _Search:
     """The search for the k-th largest value of one source."""
 
-    ranking: Ranked
     source: _Source
+    bin: int
+    wanted: int  # how many are wanted of those in the bin, then of those that have the k-th magnitude
     lower: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(LOWER, np.int64))
-    bin: int = 0
     bits: int = 0
-    wanted: int = 0  # how many of the elements that have the k-th magnitude are kept
-    closed: bool = False  # all of them are
-    last: tuple[int, int] = (0, 0)  # tensor and flat index of the last one that is kept, unless `closed`
+    equal: int = 0  # how many have just the k-th magnitude
+    last: tuple[int, int] = (0, 0)  # tensor and flat index of the last of them that is kept, unless `closed`
+
+    @property
+    def closed(self) -> bool:
+        """Whether all of them are kept, or they are zeros."""
+        return self.wanted == self.equal or self.bits == 0
 
     def cuts(self, tensors: int) -> list[Cut]:
         if self.closed:
@@ -275,24 +293,99 @@ class _Search:
         return [Cut(self.bits, KEEP_ALL.last if t < here else index if t == here else -1) for t in range(tensors)]
 
 
-def _sources_of(searches: Sequence[_Search]) -> list[_Source]:
-    return list(dict.fromkeys(search.source for search in searches))
-
-
 @dataclass(frozen=True)
 class _Passes:
-    """Passes over the tensors that compute and yield only what is asked for."""
+    """Passes over the tensors, each of which reads only what is asked for.
+
+    What a tensor gives is counted by itself and then added, as whole numbers, so that the order of the tensors does
+    not matter.
+    """
 
     tensors: Sequence[Tensor]
     value: Value
+    each: Each
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def over(self, sources: Sequence[_Source]) -> Iterator[tuple[_Source, int, int, npt.NDArray[np.uint32]]]:
-        """(source, tensor, start of the block, magnitude bits [n]) over all tensors, their blocks, and the sources."""
-        for t, tensor in enumerate(self.tensors):
-            here = [(source, place) for source in sources if (place := source.places[t]) is not None]
-            for block in tensor.blocks() if here else ():
-                for source, place in here:
-                    yield source, t, block.start, _magnitude(self.value(block, place))
+    def count_upper(self, sources: Sequence[_Source]) -> None:
+        """The upper histograms."""
+        from solera_merge.kernels.selection import count_words
+
+        def count(t: int) -> None:
+            here = [source for source in sources if source.places[t] is not None]
+            tables = [np.zeros((TABLES, UPPER), np.uint32) for _ in here]
+            nonzero = [0] * len(here)
+            for _, magnitudes in self._blocks(t, here):
+                for i, magnitude in enumerate(magnitudes):
+                    nonzero[i] += magnitude.size - count_words(magnitude, tables[i])
+            with self.lock:
+                for source, table, more in zip(here, tables, nonzero, strict=True):
+                    source.upper += table.sum(axis=0, dtype=np.int64)
+                    source.nonzero += more
+
+        self.each(count, self._with([source.places for source in sources]))
+
+    def count_lower(self, searches: Sequence[_Search]) -> None:
+        """The lower histograms."""
+        from solera_merge.kernels.selection import count_words_of_bin
+
+        def count(t: int) -> None:
+            here = [search for search in searches if search.source.places[t] is not None]
+            found = [np.zeros(LOWER, np.int64) for _ in here]
+            sources = list(dict.fromkeys(search.source for search in here))
+            for _, magnitudes in self._blocks(t, sources):
+                of_source = dict(zip(sources, magnitudes, strict=True))
+                for search, counts in zip(here, found, strict=True):
+                    count_words_of_bin(of_source[search.source], search.bin, counts)
+            with self.lock:
+                for search, counts in zip(here, found, strict=True):
+                    search.lower += counts
+
+        self.each(count, self._with([search.source.places for search in searches]))
+
+    def find_last(self, searches: Sequence[_Search]) -> None:
+        """The last of the elements of just the k-th magnitude that is kept: first its tensor, then its place there."""
+        equal = np.zeros((len(searches), len(self.tensors)), np.int64)
+        spread = [i for i, search in enumerate(searches) if sum(p is not None for p in search.source.places) > 1]
+
+        def count(t: int) -> None:
+            here = [i for i in spread if searches[i].source.places[t] is not None]
+            for _, magnitudes in self._blocks(t, [searches[i].source for i in here]):
+                for i, magnitude in zip(here, magnitudes, strict=True):
+                    equal[i, t] += np.count_nonzero(magnitude == np.uint32(searches[i].bits))
+
+        self.each(count, self._with([searches[i].source.places for i in spread]))
+        to_go = [0] * len(searches)
+        ending: dict[int, list[int]] = {}  # tensor -> the searches that end there
+        for i, search in enumerate(searches):
+            if i not in spread:
+                equal[i, self._with([search.source.places])] = search.equal
+            up_to = np.cumsum(equal[i])
+            t = int(np.searchsorted(up_to, search.wanted))
+            to_go[i] = search.wanted - int(up_to[t] - equal[i, t])
+            ending.setdefault(t, []).append(i)
+
+        def find(t: int) -> None:
+            for block, magnitudes in self._blocks(t, [searches[i].source for i in ending[t]]):
+                for i, magnitude in zip(ending[t], magnitudes, strict=True):
+                    if to_go[i] <= 0:
+                        continue
+                    places = np.flatnonzero(magnitude == np.uint32(searches[i].bits))
+                    if places.size >= to_go[i]:
+                        searches[i].last = t, block.start + int(places[to_go[i] - 1])
+                    to_go[i] -= places.size
+                if all(to_go[i] <= 0 for i in ending[t]):
+                    return
+
+        self.each(find, list(ending))
+
+    def _with(self, places: Sequence[tuple[int | None, ...]]) -> list[int]:
+        """The tensors that have something of one of these sources."""
+        return [t for t in range(len(self.tensors)) if any(where[t] is not None for where in places)]
+
+    def _blocks(self, t: int, sources: Sequence[_Source]) -> Iterator[tuple[Block, list[npt.NDArray[np.uint32]]]]:
+        """(block, magnitude bits [n] of every source) over one tensor."""
+        for block in self.tensors[t].blocks():
+            yield block, [_magnitude(self.value(block, place)) for s in sources if (place := s.places[t]) is not None]
 
 
 def descend(histogram: npt.NDArray[np.int64], k: int) -> tuple[int, int]:
@@ -300,18 +393,3 @@ def descend(histogram: npt.NDArray[np.int64], k: int) -> tuple[int, int]:
     from_top = np.cumsum(histogram[::-1])
     place = int(np.searchsorted(from_top, k))
     return len(histogram) - 1 - place, int(from_top[place]) - int(histogram[len(histogram) - 1 - place])
-
-
-def _find_last(passes: _Passes, searches: Sequence[_Search]) -> None:
-    left = [search for search in searches if not search.closed]
-    to_go = {id(search): search.wanted for search in left}
-    for source, tensor, start, magnitude in passes.over(_sources_of(left)):
-        for search in source.searches:
-            if to_go.get(id(search), 0) <= 0:
-                continue
-            places = np.flatnonzero(magnitude == np.uint32(search.bits))
-            if places.size >= to_go[id(search)]:
-                search.last = tensor, start + int(places[to_go[id(search)] - 1])
-            to_go[id(search)] -= places.size
-        if all(count <= 0 for count in to_go.values()):
-            return

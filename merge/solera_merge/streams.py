@@ -117,6 +117,7 @@ class RawStream:
         from solera_merge.kernels.formats import CODES
 
         self.size = tensor.spec.size
+        self.shape = tensor.shape
         self.keys = tensor.keys
         self.step = min(step, max(self.size, 1))
         self._sources = [(checkpoints[s.model], checkpoints[s.model].tensors[s.name]) for s in tensor.sources]

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from solera_merge.block import Block, Float32, Formula, Tensor
 from solera_merge.masks import bernoulli, words
+from solera_merge.reduction import sums_of_magnitudes
 from solera_merge.selection import Kept
 
 __all__ = [
@@ -21,7 +22,10 @@ __all__ = [
     "drop_at_random",
     "drop_by_rank",
     "keep",
+    "keep_norm",
+    "norm_factors",
     "on_base",
+    "rank_tables",
     "rescale_factors",
     "row_ranks",
 ]
@@ -45,13 +49,37 @@ def on_base(sparsify: Sparsify, combine: Combine) -> Formula:
     return formula
 
 
-def keep(kept: Sequence[Kept]) -> Sparsify:
-    """Only the selected elements of every task vector, one selection a model."""
+def keep(kept: Sequence[Kept], factors: Sequence[np.float32] | None = None) -> Sparsify:
+    """Only the selected elements of every task vector, one selection a model; perhaps times a factor a model."""
 
     def sparsify(block: Block) -> list[Float32]:
-        return [delta * k.keeps(delta, block.start) for delta, k in zip(block.deltas, kept, strict=True)]
+        chosen = [delta * k.keeps(delta, block.start) for delta, k in zip(block.deltas, kept, strict=True)]
+        for delta, factor in zip(chosen, factors or [], strict=factors is not None):
+            delta *= factor
+        return chosen
 
     return sparsify
+
+
+def keep_norm(tensor: Tensor, kept: Sequence[Kept]) -> list[np.float32]:
+    """What the selected elements of a task vector are multiplied by so that they have the L1 norm of all: N factors.
+
+    Args:
+        tensor: base and models; read once.
+        kept: one selection a model.
+    """
+
+    def before_and_after(block: Block) -> list[Float32]:
+        deltas = block.deltas
+        return [*deltas, *(delta * k.keeps(delta, block.start) for delta, k in zip(deltas, kept, strict=True))]
+
+    sums = sums_of_magnitudes(tensor, before_and_after) or [0.0] * 2 * len(kept)
+    return norm_factors(sums[: len(kept)], sums[len(kept) :])
+
+
+def norm_factors(before: Sequence[float], after: Sequence[float]) -> list[np.float32]:
+    """The quotients of norms before and after a selection; 1 where nothing is left."""
+    return [np.float32(b / a if a > 0 else 1.0) for b, a in zip(before, after, strict=True)]
 
 
 def drop_at_random(keys: Sequence[int], density: Sequence[float], *, rescale: bool) -> Sparsify:
@@ -116,7 +144,7 @@ def drop_by_rank(tensor: Tensor, density: Sequence[float], epsilon: Sequence[flo
         ValueError: see `check_window`.
     """
     width = tensor.shape[-1] if tensor.shape else 1
-    tables = [_by_rank(width, d, e, rescale=rescale) for d, e in zip(density, epsilon, strict=True)]
+    tables = [rank_tables(width, d, e, rescale=rescale) for d, e in zip(density, epsilon, strict=True)]
     draws = list(zip(tensor.keys, density, tables, strict=True))
 
     def sparsify(block: Block) -> list[Float32]:
@@ -133,7 +161,7 @@ def drop_by_rank(tensor: Tensor, density: Sequence[float], epsilon: Sequence[flo
     return sparsify
 
 
-def _by_rank(width: int, density: float, epsilon: float, *, rescale: bool) -> tuple[npt.NDArray[np.uint32], Float32]:
+def rank_tables(width: int, density: float, epsilon: float, *, rescale: bool) -> tuple[npt.NDArray[np.uint32], Float32]:
     """For every rank (the random words below which an element is kept, the factor on what is kept), [width] each."""
     check_window(density, epsilon)
     place = np.arange(width) / (width - 1) if width > 1 else np.full(width, 0.5)

@@ -19,6 +19,7 @@ stream of its own, and the result of the one before is written.
 torch is imported here, so this module is imported only where a device was asked for.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -38,7 +39,7 @@ from solera_merge.masks import threshold
 from solera_merge.methods.slerp import coefficients
 from solera_merge.reduction import LANES, root_sums
 from solera_merge.selection import KEEP_ALL, KEEP_NONE, LOWER, UPPER, Cut, count_kept, descend
-from solera_merge.task_vectors import rescale_factors
+from solera_merge.task_vectors import norm_factors, rescale_factors
 
 __all__ = ["TWINS", "Device", "open_device"]
 
@@ -254,6 +255,7 @@ def ties(
     weight: Sequence[float],
     density: Sequence[float],
     normalize: bool,
+    rescale: bool,
     lambda_: float,
     scope: str,
     int8_mask: bool,
@@ -263,7 +265,7 @@ def ties(
     del int8_mask
     cuts = _largest_deltas(tensor, device, density)
 
-    def formula(block: DeviceBlock) -> Tensor:
+    def trim(block: DeviceBlock) -> list[Tensor]:
         deltas = block.deltas
         for delta, cut in zip(deltas, cuts, strict=True):
             magnitude = _magnitude(delta)
@@ -271,6 +273,18 @@ def ties(
             count = min(max(cut.last + 1 - block.raw.start, 0), block.raw.n)  # elements at or before `last`
             keep[:count] |= magnitude[:count] == cut.bits
             delta.mul_(keep)
+        return deltas
+
+    factors: list[Tensor] = []
+    if rescale:
+        sums = [_chunk_sums(torch.stack([*b.deltas, *trim(b)]).abs().double()) for b in device.blocks(tensor)]
+        norms = [math.fsum(x) for x in torch.cat(sums, dim=1).tolist()] if sums else [0.0] * 2 * len(weight)
+        factors = [device.factor(f) for f in norm_factors(norms[: len(weight)], norms[len(weight) :])]
+
+    def formula(block: DeviceBlock) -> Tensor:
+        deltas = trim(block)
+        for delta, factor in zip(deltas, factors, strict=False):  # none without `rescale`
+            delta.mul_(factor)
         return _disjoint_merge(deltas, weight, device, normalize, lambda_).add_(block.values[-1])
 
     return formula

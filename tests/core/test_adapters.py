@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 import tracemalloc
 import warnings
 from collections.abc import Callable
@@ -13,18 +14,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from solera_core.adapters import LowRank
-from solera_core.checkpoint import locate, open_checkpoint
+from solera_core.adapters import LowRank, lay_over
+from solera_core.checkpoint import Checkpoint, locate, open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError
+from solera_core.progress import Silent
+from solera_core.views import view
 
 MakeAdapter = Callable[..., Path]
+
+
+def _loaded(base: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    return auto.from_pretrained(base)
 
 
 def _make_adapter(base: Path, directory: Path, **options: Any) -> Path:
     """An adapter as peft saves it, every trained tensor random."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     settings: dict[str, Any] = {
         "r": 4,
@@ -35,23 +44,24 @@ def _make_adapter(base: Path, directory: Path, **options: Any) -> Path:
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft on its own deprecations, and on saving embeddings
         torch.manual_seed(3)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings | options))
+        model = get_peft_model(_loaded(base), LoraConfig(**settings | options))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter.copy_(torch.randn_like(parameter) * 0.1)
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
         model.save_pretrained(str(directory))
     return directory
 
 
 def _peft_merged(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """What peft itself makes of the two, under the names that transformers gives it on disk."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as merged:
         warnings.simplefilter("ignore")
-        model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
-        return dict(model.merge_and_unload().state_dict())
+        model: Any = PeftModel.from_pretrained(_loaded(base), str(adapter))
+        model.merge_and_unload().save_pretrained(merged)
+        return load_file(Path(merged) / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -88,20 +98,75 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {  # settings, tensors changed of
     ),
     "embedding and head": ({"target_modules": ["embed_tokens", "lm_head", "q_proj"]}, 4),
     "saved modules": ({"modules_to_save": ["norm", "lm_head"]}, 10),
+    "saved embeddings": ({"modules_to_save": ["embed_tokens", "lm_head"]}, 6),
     "everything": ({"target_modules": "all-linear"}, 14),
     "one layer": ({"layers_to_transform": [1]}, 2),
+    "DoRA": ({"use_dora": True}, 4),
+    "DoRA, rank-stabilised, embedding": ({"use_dora": True, "use_rslora": True, "target_modules": ["embed_tokens"]}, 1),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_peft(kind: str, base: Path, tmp_path: Path, ctx: Context) -> None:
     options, changed = KINDS[kind]
-    adapter = _make_adapter(base, tmp_path / "adapter", **options)
+    _compare_with_peft(base, _make_adapter(base, tmp_path / "adapter", **options), changed, ctx)
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
+    "Conv1D": ("gpt2", {}, {"target_modules": ["c_attn", "c_proj", "c_fc"]}, 8),
+    "Conv1D, square only": ("gpt2", {}, {"target_modules": ["attn.c_proj"]}, 2),
+    "Conv1D with DoRA": ("gpt2", {}, {"target_modules": ["c_attn", "c_proj"], "use_dora": True}, 6),
+    "biases of the targets": ("gpt2", {}, {"target_modules": ["c_attn"], "bias": "lora_only"}, 4),
+    "all biases": ("gpt2", {}, {"target_modules": ["c_attn"], "bias": "all"}, 2 + 2 * 6 + 1),
+    "bias of B": ("qwen2", {}, {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}, 8),
+    "tied embedding, saved": (
+        "llama",
+        {"tie_word_embeddings": True},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        5,
+    ),
+    "fused experts": (
+        "mixtral",
+        {},
+        {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        2 * 3 * 3,
+    ),
+    "one fused parameter": ("mixtral", {}, {"target_modules": ["q_proj"], "target_parameters": ["down_proj"]}, 2 * 4),
+    "experts by their old names": ("mixtral", {}, {"target_modules": ["w1", "w2", "w3"]}, 2 * 3 * 3),
+    "experts in Qwen's names": (
+        "qwen2_moe",
+        {"num_experts": 3, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
+        {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        2 * 3 * 3,
+    ),
+    "fused on disk": (
+        "gpt_oss",
+        {"head_dim": 8, "num_local_experts": 3, "intermediate_size": 32},
+        {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        2 * 2,
+    ),
+}
+_SMALL: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "tie_word_embeddings": True},
+    "mixtral": {"num_local_experts": 3},
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_equals_peft_for_other_families(
+    kind: str, make_model: Callable[..., Path], tmp_path: Path, ctx: Context
+) -> None:
+    family, config, options, changed = FAMILIES[kind]
+    base = make_model(tmp_path / "base", family=family, **_SMALL.get(family, {}) | config)
+    _compare_with_peft(base, _make_adapter(base, tmp_path / "adapter", **options), changed, ctx)
+
+
+def _compare_with_peft(base: Path, adapter: Path, changed: int, ctx: Context) -> None:
     ours, plain = open_checkpoint(f"{base}+{adapter}", ctx), open_checkpoint(base, ctx)
     theirs = _peft_merged(base, adapter)
     assert set(ours.tensors) == set(theirs)
     for name in ours.tensors:
-        np.testing.assert_allclose(ours.read(name), theirs[name].numpy(), rtol=0, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(ours.read(name), theirs[name].numpy(), rtol=0, atol=2e-6, err_msg=name)
     assert sum(not np.array_equal(ours.read(n), plain.read(n)) for n in ours.tensors) == changed
 
 
@@ -172,15 +237,17 @@ def test_pickled_adapters_need_permission(base: Path, adapter: Path, ctx: Contex
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "DoRA": ({"use_dora": True}, "DoRA adapters .*not supported"),
-    "transposed": ({"fan_in_fan_out": True}, "fan_in_fan_out .*not supported"),
+    "DoRA without magnitudes": ({"use_dora": True}, "says use_dora: True, yet lora_magnitude_vector is absent"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' changed the base model"),
     "another kind": ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
-    "parameters": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "`target_parameters: .* is not supported"),
+    "trained tokens": ({"trainable_token_indices": [3]}, "`trainable_token_indices: .* is not supported"),
     "layers repeated": ({"layer_replication": [[0, 2]]}, "`layer_replication: .* is not supported"),
     "unheard of": ({"use_tomorrow": 1}, "`use_tomorrow: 1` is not supported"),
     "wrong rank": ({"r": 5}, r"gives rank 5 for model\.layers\.\d.*, but its factors have rank 4"),
     "no alpha": ({"lora_alpha": None}, "`lora_alpha` must be a number, found None"),
+    "no rank": ({"r": 0}, "`r` must be a whole number above 0, found 0"),
+    "no pattern": ({"rank_pattern": ["q_proj"]}, "`rank_pattern` must map patterns to numbers"),
+    "a broken pattern": ({"alpha_pattern": {"(": 4}}, r"`alpha_pattern`: '\(' is no regular expression"),
 }
 
 
@@ -194,14 +261,18 @@ def test_settings_beyond_the_formula_are_refused(kind: str, base: Path, adapter:
     assert "adapter_config.json" in str(caught.value)
 
 
-def _rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
+def _rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> str:
     tensors[new] = tensors.pop(old)
+    return new
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
+Q9 = Q.replace("layers.0", "layers.9")
 TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "another model": (
-        lambda t: _rename(t, f"{Q}.lora_A.weight", Q.replace("layers.0", "layers.9") + ".lora_A.weight"),
+        lambda t: [
+            _rename(t, f"{Q}.lora_{s}.weight", Q.replace("layers.0", "layers.9") + f".lora_{s}.weight") for s in "AB"
+        ],
         "changes 'model.layers.9.self_attn.q_proj.weight', which the model does not store",
     ),
     "half": (lambda t: t.pop(f"{Q}.lora_B.weight"), r"holds \['A'\], expected \['A', 'B'\]"),
@@ -209,15 +280,26 @@ TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
         lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(4, 31)}),
         r"\(32, 4\) and \(4, 31\) do not fit",
     ),
+    "another rank": (
+        lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(3, 32)}),
+        "the first has rank 3, the second 4",
+    ),
+    "unknown target": (
+        lambda t: [_rename(t, f"{Q}.lora_{s}.weight", Q.replace("q_proj", "qq") + f".lora_{s}.weight") for s in "AB"],
+        r"changes 'model.layers.0.self_attn.qq.weight', .*; it says it was trained on '",
+    ),
     "a convolution": (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(4, 32, 1)}), "only LoRA of matrices"),
-    "DoRA": (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)}), "DoRA adapters are not supported"),
+    "DoRA unannounced": (
+        lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)}),
+        "says use_dora: False, yet lora_magnitude_vector is stored",
+    ),
     "LoRA bias": (
         lambda t: t.update({f"{Q}.lora_B.bias": torch.zeros(32)}),
         "this kind of LoRA tensor is not supported",
     ),
     "larger vocabulary": (
         lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(310, 32)}),
-        r"\(310, 32\) replaces 'lm_head.weight' \(304, 32\) of the model: the shapes differ",
+        r"\(310, 32\) replaces 'lm_head.weight' \(304, 32\) .*: 'model.embed_tokens.weight' 304",
     ),
     "nothing": (lambda t: t.clear(), "holds no LoRA tensors"),
 }
@@ -256,3 +338,116 @@ def test_plus_signs_in_paths(base: Path, plain: Path, tmp_path: Path, ctx: Conte
     assert open_checkpoint("my+model+my+adapter", ctx).digest() == expected
     staged = Context(base_dir=tmp_path, models={"first": base, "second": plain})
     assert open_checkpoint("first+second", staged).digest() == expected
+
+
+def _tie(base: Path, directory: Path) -> Path:
+    """A tied copy of an untied model."""
+    shutil.copytree(base, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def test_tied_embeddings_are_changed_together_or_not_at_all(base: Path, tmp_path: Path, ctx: Context) -> None:
+    tied = _tie(base, tmp_path / "tied")
+    adapter = tmp_path
+    for number, (options, message) in enumerate(
+        [
+            ({"target_modules": ["embed_tokens"]}, "changes the embedding .* but not the output head"),
+            ({"modules_to_save": ["embed_tokens"]}, "changes the embedding .* but not the output head"),
+            ({"modules_to_save": ["lm_head"]}, "it ties its output head to the embedding: save it untied first"),
+            ({"target_modules": ["lm_head"]}, "it ties its output head to the embedding: save it untied first"),
+            ({"modules_to_save": ["embed_tokens", "lm_head"]}, "it ties its output head to the embedding"),
+        ]
+    ):
+        adapter = _make_adapter(base, tmp_path / f"adapter{number}", **options)
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(f"{tied}+{adapter}", ctx)
+    both = load_file(adapter / "adapter_model.safetensors")
+    both["base_model.model.lm_head.weight"] = both["base_model.model.model.embed_tokens.weight"].clone()
+    save_file(both, adapter / "adapter_model.safetensors")
+    saved = open_checkpoint(f"{tied}+{adapter}", ctx).read("model.embed_tokens.weight")
+    assert np.array_equal(saved, both["base_model.model.lm_head.weight"].numpy())
+
+
+def test_a_tied_embedding_with_lora(make_model: Callable[..., Path], tmp_path: Path, ctx: Context) -> None:
+    """peft trains and loads this right, but its merge_and_unload adds the update twice."""
+    from peft import PeftModel
+
+    tied = make_model(tmp_path / "tied", tie_word_embeddings=True)
+    adapter = _make_adapter(tied, tmp_path / "adapter", target_modules=["embed_tokens"], ensure_weight_tying=True)
+    text = torch.arange(20)[None]
+    merged = _loaded(tied)
+    embedding = open_checkpoint(f"{tied}+{adapter}", ctx).read("model.embed_tokens.weight")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged.model.embed_tokens.weight.copy_(torch.from_numpy(embedding))
+        trained: Any = PeftModel.from_pretrained(_loaded(tied), str(adapter))
+        torch.testing.assert_close(merged(text).logits, trained(text).logits, rtol=0, atol=1e-5)
+
+
+def test_a_base_stored_in_another_layout(base: Path, plain: Path, tmp_path: Path, ctx: Context) -> None:
+    expected = open_checkpoint(f"{base}+{plain}", ctx)
+    for number, prefix in enumerate(("language_model.model.", "")):
+        other = Path(shutil.copytree(base, tmp_path / f"other{number}"))
+        tensors = load_file(base / "model.safetensors")
+        renamed = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
+        save_file(renamed, other / "model.safetensors")
+        adapter = plain
+        if prefix:
+            adapter = Path(shutil.copytree(plain, tmp_path / "vlm"))
+            factors = load_file(plain / "adapter_model.safetensors")
+            renamed = {name.replace(".model.layers", ".model.language_model.layers"): t for name, t in factors.items()}
+            save_file(renamed, adapter / "adapter_model.safetensors")
+        ours = open_checkpoint(f"{other}+{adapter}", ctx)
+        for name in expected.tensors:
+            assert np.array_equal(ours.read(name.replace("model.", prefix, 1)), expected.read(name))
+
+
+def test_an_enlarged_vocabulary(base: Path, tokenizer_dir: Path, tmp_path: Path, ctx: Context) -> None:
+    larger = Path(shutil.copytree(base, tmp_path / "larger"))
+    resized = _loaded(base)
+    resized.resize_token_embeddings(310)
+    resized.save_pretrained(larger)
+    adapter = _make_adapter(larger, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
+    shutil.copytree(tokenizer_dir, adapter, dirs_exist_ok=True)
+    ours = open_checkpoint(f"{base}+{adapter}", ctx)
+    assert ours.config["vocab_size"] == 310
+    assert {file.parent for file in ours.sidecars} == {adapter}
+    theirs = _peft_merged(larger, adapter)
+    for name, tensor in theirs.items():
+        assert ours.tensors[name].shape == tensor.shape
+        np.testing.assert_allclose(ours.read(name), tensor.numpy(), rtol=0, atol=2e-6, err_msg=name)
+
+
+def test_an_adapter_of_another_hub_model_is_noted(base: Path, adapter: Path, ctx: Context) -> None:
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "org/another"}))
+    lay_over(rename(open_checkpoint(base, ctx), "org/base"), str(adapter), Context(progress=Notes()), ref="both")
+    assert notes == [f"{adapter}: says it was trained on org/another; here it is laid over org/base"]
+    lay_over(rename(open_checkpoint(base, ctx), "org/another@v1"), str(adapter), Context(progress=Notes()), ref="both")
+    assert len(notes) == 1
+
+
+def rename(model: Checkpoint, ref: str) -> Checkpoint:
+    return view(model, {name: name for name in model.tensors}, what={}, ref=ref)
+
+
+def test_dora_gives_the_same_bits_for_any_range(base: Path, tmp_path: Path, ctx: Context) -> None:
+    adapter = _make_adapter(base, tmp_path / "adapter", use_dora=True)
+    name = "model.layers.0.mlp.down_proj.weight"
+    whole = open_checkpoint(f"{base}+{adapter}", ctx).read_flat(name)
+    for start, stop in [(0, 1), (47, 49), (5, 1000), (1535, 1536)]:
+        assert np.array_equal(open_checkpoint(f"{base}+{adapter}", ctx).read_flat(name, start, stop), whole[start:stop])
+    second = open_checkpoint(f"{base}+{_make_adapter(base, tmp_path / 'first')}+{adapter}", ctx).read(name)
+    rows = load_file(adapter / "adapter_model.safetensors")[f"base_model.model.{name[:-7]}.lora_magnitude_vector"]
+    np.testing.assert_allclose(np.linalg.norm(second, axis=1), rows.abs().numpy().reshape(-1), rtol=1e-5)

@@ -64,6 +64,13 @@ def read_all(model: Checkpoint) -> None:
         model.read(name)
 
 
+def fp8_dequantize() -> Any:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    upstream: Any = Fp8Dequantize  # untyped
+    return upstream(None)
+
+
 def ints(low: int, high: int, *shape: int) -> np.ndarray[Any, Any]:
     return RNG.integers(low, high, shape)
 
@@ -107,8 +114,6 @@ def powers(*shape: int) -> torch.Tensor:
 def test_fp8_as_transformers_does_it(
     opened: Open, shape: tuple[int, ...], grid: tuple[int, ...], settings: dict[str, Any], kind: str
 ) -> None:
-    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-
     weight = f8(*shape)
     scales = {
         "F32": scale(*grid),
@@ -117,7 +122,7 @@ def test_fp8_as_transformers_does_it(
         "U8": powers(*grid),
     }[kind]
     model = opened({"a.weight": weight, "a.weight_scale_inv": scales, "n.weight": scale(3)}, "fp8", **settings)
-    upstream: Any = Fp8Dequantize(None)
+    upstream = fp8_dequantize()
     check(model, "a.weight", upstream._dequantize_one(weight, scales, output_dtype=torch.float32))
     assert sorted(model.tensors) == ["a.weight", "n.weight"]
     assert model.tensors["a.weight"].dtype == "BF16"
@@ -131,12 +136,10 @@ def test_deepseeks_blocks_are_cut_off_at_the_edges(opened: Open) -> None:
 
 
 def test_experts_of_packed_4_bit_floats_beside_fp8(opened: Open) -> None:
-    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-
     packed, scales = torch.from_numpy(ints(-128, 128, 8, 32).astype(np.int8)), powers(8, 2)
     dense = {"b.weight": f8(8, 8), "b.weight_scale_inv": scale(1)}
     model = opened({"a.weight": packed, "a.weight_scale_inv": scales} | dense, "fp8", weight_block_size=[128, 128])
-    upstream: Any = Fp8Dequantize(None)
+    upstream = fp8_dequantize()
     check(model, "a.weight", upstream._dequantize_one(packed, scales, output_dtype=torch.float32))
 
 
@@ -375,6 +378,14 @@ def test_the_view_has_no_quantisation_and_says_so(opened: Open) -> None:
     assert stored.tensors["a.weight"].dtype == "F8_E4M3"
     assert stored.digest() != model.digest()
     assert stored.as_stored
+
+
+def test_scales_of_activations_are_left_out_and_others_are_not(opened: Open) -> None:
+    tensors = {"a.weight": f8(4, 4), "a.weight_scale": scale(1), "a.input_scale": scale(1), "a.k_scale": scale(1)}
+    tensors |= {"experts.up_proj_input_scale": scale(1), "b.block_scale": scale(4), "logit_scale": scale()}
+    model = opened(tensors, "fp8")
+    assert sorted(model.tensors) == ["a.weight", "b.block_scale", "logit_scale"]
+    assert model.notes[0].endswith("; 3 scales of activations are left out")
 
 
 def test_where_the_config_names_no_dtype_it_is_bfloat16(opened: Open) -> None:

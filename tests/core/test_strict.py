@@ -97,7 +97,7 @@ def test_yaml(tmp_path: Path) -> None:
         ("x:\n  a: 1\n  a: 1\n", r"r\.yml:3: key 'a' is given twice"),
         ("a: [1\n", r"r\.yml: not valid YAML"),
         ("a: !!python/object/apply:os.system [ls]\n", "not valid YAML"),
-        ("a: 1\n---\nb: 2\n", "not valid YAML"),
+        ("a: 1\n---\nb: 2\n", "holds 2 documents"),
     ],
 )
 def test_bad_yaml(text: str, message: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from solera_core.writer import CheckpointWriter, TensorSpec
 from solera_merge.block import CHUNK_ELEMENTS, Block, Unit, block_starts
 from solera_merge.config import MergeConfig
 from solera_merge.methods.catalogue import METHODS, Method
+from solera_merge.selection import one_after_another
 
 F32 = npt.NDArray[np.float32]
 
@@ -78,7 +79,8 @@ def apply() -> Callable[..., F32]:
         arrays = [np.asarray(m, np.float32) for m in models]
         tensor = InMemory(arrays, None if base is None else np.asarray(base, np.float32), step, keys, name=name)
         entry = METHODS[method]
-        finding = [] if entry.survey is None else list(entry.survey([tensor], [_by_recipe_name(entry, parameters)]))
+        resolved = [_by_recipe_name(entry, parameters)]
+        finding = [] if entry.survey is None else list(entry.survey([tensor], resolved, one_after_another))
         formula = entry.function(tensor, *finding, **parameters)
         return np.concatenate([formula(block) for block in tensor.blocks(entry.unit_of(name, tensor.shape))])
 

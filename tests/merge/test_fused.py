@@ -16,16 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solera_core.dtypes import ITEM_BYTES, from_float32, nonfinite, to_float32
-from solera_merge.block import CHUNK_ELEMENTS
-from solera_merge.fused import FUSED, NotFiniteError, RawBlock
+from solera_merge.block import CHUNK_ELEMENTS, block_starts
+from solera_merge.fused import FUSED, ROWS, NotFiniteError, RawBlock, _merged_bands, has_twin
 from solera_merge.kernels import compiled
+from solera_merge.kernels.elections import ELECT_WEIGHTED
 from solera_merge.kernels.formats import CODES, PIECE, narrow, widen
 from solera_merge.kernels.selection import collect_bin, find_equal
 from solera_merge.kernels.spans import UNREADABLE
-from solera_merge.kernels.sparsified import merge_largest
 from solera_merge.masks import bernoulli
 from solera_merge.methods.catalogue import METHODS
-from solera_merge.selection import Cut
+from solera_merge.selection import KEEP_ALL, KEEP_NONE, Band, Cut
 from solera_merge.signs import disjoint_merge
 
 F32 = npt.NDArray[np.float32]
@@ -41,6 +41,9 @@ class RawInMemory:
     size: int
     keys: tuple[int, ...]
     step: int
+
+    def __post_init__(self) -> None:
+        self.shape: tuple[int, ...] = (self.size,)
 
     def blocks(self) -> Iterator[RawBlock]:
         codes = np.array([CODES[d] for d in self.dtypes], np.int64)
@@ -80,13 +83,24 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
         {"weight": (0.0, 0.0, 0.0), "normalize": True, "lambda_": 1.0},
     ],
     "ties": [
-        {"weight": w, "density": d, "normalize": n, "lambda_": s, "scope": "tensor", "int8_mask": False}
-        for w, d, n, s in [
-            ((1.0, 1.0, 1.0), (0.5, 0.5, 0.5), True, 1.0),
-            ((0.3, -0.9, 0.4), (0.1, 1.0, 0.0), True, 1.3),
-            ((0.3, 0.9, 0.4), (0.9999, 0.01, 0.2), False, 0.5),
+        {"weight": w, "density": d, "normalize": n, "lambda_": s, "rescale": r, "scope": "tensor", "int8_mask": False}
+        for w, d, n, s, r in [
+            ((1.0, 1.0, 1.0), (0.5, 0.5, 0.5), True, 1.0, False),
+            ((0.3, -0.9, 0.4), (0.1, 1.0, 0.0), True, 1.3, True),
+            ((0.3, 0.9, 0.4), (0.9999, 0.01, 0.2), False, 0.5, False),
         ]
     ],
+    "nuslerp": [{"weight": (0.3, 1.2), "nuslerp_row_wise": False, "nuslerp_flatten": True}],
+    "multislerp": [
+        {"weight": (0.3, 0.5, 0.4), "normalize_weights": True, "eps": 1e-8},
+        {"weight": (0.3, -0.5, 0.4), "normalize_weights": False, "eps": 0.1},
+    ],
+    "karcher": [{"weight": (1.0, 1.0, 1.0), "max_iter": 10, "tol": 1e-5}],
+    "model_stock": [{"filter_wise": False}],
+    "sce": [{"select_topk": k, "int8_mask": False} for k in (1.0, 0.3, 0.001, 0.0)],
+    "nearswap": [{"t": 0.1}, {"t": 0.0}],
+    "ram": [{"epsilon": 0.2}, {"epsilon": 0.0}],
+    "ramplus_tl": [{"r": 0.1, "alpha": 0.2, "epsilon": 0.2}, {"r": -0.7, "alpha": 5.0, "epsilon": 0.1}],
     "dare_ties": [
         {"weight": w, "density": d, "normalize": n, "rescale": r, "lambda_": s, "int8_mask": False}
         for w, d, n, r, s in [
@@ -97,6 +111,17 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 PARAMETERS["dare_linear"] = PARAMETERS["dare_ties"]
+PARAMETERS["della"] = PARAMETERS["della_linear"] = [
+    dare | {"epsilon": epsilon}
+    for dare, epsilon in zip(
+        PARAMETERS["dare_ties"], [(0.15, 0.4, 0.0), (0.05, 0.9, 0.3), (0.2, 0.1, 0.1)], strict=True
+    )
+]
+PARAMETERS["arcee_fusion"] = [{}]
+PARAMETERS["breadcrumbs"] = PARAMETERS["breadcrumbs_ties"] = [
+    ties | {"gamma": gamma}
+    for ties, gamma in zip(PARAMETERS["ties"], [(0.01, 0.2, 0.0), (0.3, 0.1, 0.1), (0.01, 0.9, 1.0)], strict=True)
+]
 CASES = [(method, i) for method, choices in PARAMETERS.items() for i in range(len(choices))]
 
 
@@ -109,31 +134,56 @@ def sample(
     step: int,
     seed: int,
     in_memory: Any,
+    based: bool | None = None,
+    width: int | None = None,
 ) -> tuple[list[Bytes], list[str], tuple[int, ...], F32]:
     """Stored sources of a method, their formats, random keys, and what the readable method makes of them.
 
-    `levels`: deltas of few distinct magnitudes, so that many are equal to the k-th.
+    `levels`: deltas of few distinct magnitudes, so that many are equal to the k-th. `based`: with a base; None: where
+    the method must have one. `width`: of a matrix; None: a vector.
     """
     rng = np.random.default_rng(seed)
     entry = METHODS[method]
     count = entry.most_models or 3
+    based = entry.base == "required" if based is None else based
     base = rng.standard_normal(size).astype(np.float32)
     models: list[F32] = []
     for _ in range(count):
         delta = 0.3 * rng.standard_normal(size)
         models.append((base + (np.round(delta * levels) / levels if levels else delta)).astype(np.float32))
-    dtypes = dtypes[: count + 1] if entry.base == "required" else dtypes[:count]
+    dtypes = dtypes[: count + 1] if based else dtypes[:count]
     rows = [stored(m, d) for m, d in zip([*models, base], dtypes, strict=False)]
     values = [to_float32(r, d) for r, d in zip(rows, dtypes, strict=True)]
     keys = tuple(range(5, 5 + count))
-    plain = in_memory(values[:count], values[count] if entry.base == "required" else None, step * CHUNK_ELEMENTS, keys)
+    values = [value.reshape(-1, width or size) for value in values] if method in ROWS else values
+    plain = in_memory(values[:count], values[count] if based else None, step * CHUNK_ELEMENTS, keys)
     formula = entry.function(plain, *([] if entry.survey is None else [None]), **parameters)
-    expected = np.concatenate([formula(block) for block in plain.blocks()])
+    unit = "rows" if method in ROWS else "elements"
+    expected = np.concatenate([formula(block) for block in plain.blocks(unit)])
     return rows, dtypes, keys, expected
 
 
 def test_every_twin_is_tried() -> None:
     assert set(PARAMETERS) == set(FUSED)
+    for method, choices in PARAMETERS.items():
+        names = {p.keyword: p.name for p in METHODS[method].parameters.values()}
+        for parameters in choices:
+            assert set(parameters) == set(names)
+            assert has_twin(method, {names[keyword]: value for keyword, value in parameters.items()})
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("ties", {"scope": "model"}),
+        ("breadcrumbs", {"scope": "model"}),
+        ("model_stock", {"filter_wise": True}),
+        ("nuslerp", {"nuslerp_flatten": False}),
+        ("iso_c", {}),
+    ],
+)
+def test_where_there_is_no_twin(method: str, parameters: dict[str, Any]) -> None:
+    assert not has_twin(method, parameters)
 
 
 @pytest.mark.parametrize(("method", "choice"), CASES)
@@ -144,19 +194,39 @@ def test_every_twin_is_tried() -> None:
     levels=st.sampled_from([0, 3, 40]),
     step=st.integers(1, 3),
     seed=st.integers(0, 1000),
+    width=st.sampled_from([1, 3, 96, CHUNK_ELEMENTS]),
 )
 def test_the_same_bits(
-    method: str, choice: int, size: int, dtypes: list[str], levels: int, step: int, seed: int, in_memory: Any
+    method: str,
+    choice: int,
+    size: int,
+    dtypes: list[str],
+    levels: int,
+    step: int,
+    seed: int,
+    width: int,
+    in_memory: Any,
 ) -> None:
     parameters = PARAMETERS[method][choice]
-    rows, dtypes, keys, expected = sample(method, parameters, size, dtypes, levels, step, seed, in_memory)
+    width = width if size % width == 0 else size
+    rows, dtypes, keys, expected = sample(method, parameters, size, dtypes, levels, step, seed, in_memory, width=width)
+    block = block_starts((size // width, width), "rows", step * CHUNK_ELEMENTS)[1]
     for out in CODES:
-        tensor = RawInMemory(rows, dtypes, size, keys, step * CHUNK_ELEMENTS)
+        tensor = RawInMemory(rows, dtypes, size, keys, block if method in ROWS else step * CHUNK_ELEMENTS)
+        tensor.shape = (size // width, width)
         assert fused(method, tensor, out, **parameters).tobytes() == from_float32(expected, out).tobytes()
 
 
+@pytest.mark.parametrize("method", [name for name in FUSED if METHODS[name].base == "optional"])
+def test_the_same_bits_with_a_base_that_may_be_left_out(method: str, in_memory: Any) -> None:
+    parameters, size = PARAMETERS[method][0], 2 * CHUNK_ELEMENTS + 5
+    rows, dtypes, keys, expected = sample(method, parameters, size, ["BF16"] * 5, 0, 1, 0, in_memory, based=True)
+    tensor = RawInMemory(rows, dtypes, size, keys, CHUNK_ELEMENTS)
+    assert fused(method, tensor, "F32", **parameters).tobytes() == expected.tobytes()
+
+
 def test_a_large_bin_takes_another_pass(in_memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("solera_merge.fused._COLLECTED", 10)
+    monkeypatch.setattr("solera_merge.raw_selection._COLLECTED", 10)
     rng = np.random.default_rng(0)
     base = np.zeros(3 * CHUNK_ELEMENTS, np.float32)
     models = [(np.round(rng.standard_normal(base.size) * 4) / 4).astype(np.float32) for _ in range(3)]
@@ -176,7 +246,9 @@ def test_what_is_not_finite_is_met(method: str, value: float, dtype: str) -> Non
     count = METHODS[method].most_models or 3
     rows = [np.zeros(size, np.float32) for _ in range(count + (METHODS[method].base == "required"))]
     rows[-1][PIECE + 7] = value
-    tensor = RawInMemory([stored(r, dtype) for r in rows], [dtype] * len(rows), size, (1, 2, 3), CHUNK_ELEMENTS)
+    keys = tuple(range(1, count + 1))
+    step = size if method in ROWS else CHUNK_ELEMENTS
+    tensor = RawInMemory([stored(r, dtype) for r in rows], [dtype] * len(rows), size, keys, step)
     out = np.empty(tensor.step * 4, np.uint8)
     try:
         formula = FUSED[method](tensor, **PARAMETERS[method][0])
@@ -275,11 +347,11 @@ def test_selection_far_behind() -> None:
     assert find_equal(raw.raw, raw.codes, raw.n, 1, bits, 7) == (equal[6], 7)
     cut = Cut(bits, FAR + int(equal[6]))
     out = np.empty(base.size * 4, np.uint8)
-    limits, last = np.array([bits, bits], np.uint32), np.array([cut.last, cut.last], np.int64)
-    weight, one = np.ones(2, np.float32), np.float32(1)
-    bad = merge_largest(raw.raw, raw.codes, raw.n, FAR, limits, last, weight, False, one, out, 0, np.zeros(2))
-    assert bad == 0
-    kept = [m * cut.keeps(m, FAR) for m in models]
+    bands = [Band(cut, KEEP_NONE), Band(KEEP_ALL, cut)]
+    tensor = RawInMemory([], [], FAR + base.size, (1, 2), CHUNK_ELEMENTS)
+    formula = _merged_bands(tensor, bands, (1.0, 1.0), ELECT_WEIGHTED, False, False, 1.0)
+    assert formula(raw, out, CODES["F32"], np.zeros(2)) == 0
+    kept = [m * band.keeps(m, FAR) for m, band in zip(models, bands, strict=True)]
     assert out.tobytes() == (base + disjoint_merge(kept, (1.0, 1.0), normalize=False, scale=1.0)).tobytes()
 
 

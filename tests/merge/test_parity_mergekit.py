@@ -217,6 +217,24 @@ RECIPES |= {
         ],
         "parameters": {"lambda": 1.1, "int8_mask": True},
     },
+    "breadcrumbs, rescaled": {
+        "merge_method": "breadcrumbs",
+        "base_model": "base",
+        "models": [source("a", weight=0.3, density=0.5, gamma=0.1), source("b", weight=0.2, density=1.0)],
+        "parameters": {"rescale": True},
+    },
+    "breadcrumbs_ties, rescaled": {
+        "merge_method": "breadcrumbs_ties",
+        "base_model": "base",
+        "models": [source("a", weight=0.3, density=0.5, gamma=0.1), source("b", weight=0.2, density=0.1)],
+        "parameters": {"rescale": True},
+    },
+    "ties, rescaled": {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [source("a", weight=0.3, density=0.5), source("b", weight=0.2, density=[0.1, 0.9])],
+        "parameters": {"rescale": True, "normalize": False},
+    },
     "breadcrumbs, no outliers": {
         "merge_method": "breadcrumbs",
         "base_model": "base",
@@ -260,6 +278,7 @@ TOLERANCE = {"karcher": 1e-4}
 # mergekit's multislerp stops where more than two models equal the base in a tensor, as bfloat16 norms here do.
 STOPS_IN_BFLOAT16 = {"multislerp, task vectors"}
 EXACT = {name for name in RECIPES if name.startswith(("task_arithmetic", "ties", "passthrough")) or name == "ram"}
+EXACT -= {name for name in RECIPES if name.endswith("rescaled")}  # the last bit of a norm
 
 
 @pytest.fixture(scope="session")
@@ -380,8 +399,9 @@ def test_float32(merged: Merged, name: str, family: str) -> None:
     print(f"PARITY {name} {family}: equal {np.mean(theirs == ours):.5f}, within 1e-6 {close:.6f}")  # pytest -rP
     if name.startswith("breadcrumbs"):
         # A few elements have just the magnitude of a threshold (in float32 too: a weight near 1 moves in steps); the
-        # tools choose among those differently, see `test_equal_magnitudes_...`. All else is equal.
-        assert np.mean(theirs == ours) >= 0.9998
+        # tools choose among those differently, see `test_equal_magnitudes_...`. All else is equal, but for the last bit
+        # of the norms in a rescale, which mergekit sums in float32.
+        assert (close if "rescaled" in name else np.mean(theirs == ours)) >= 0.9998
         return
     if name in EXACT:
         assert np.array_equal(theirs, ours)

@@ -58,6 +58,7 @@ def test_plan_is_pure_data(recipe: Recipe, siblings: Siblings) -> None:
         "base": "base",
         "models": "a, b",
         "weight": "1, 1",
+        "rescale": False,
         "density": "0.5, 0.5",
         "normalize": True,
         "lambda": 1.0,

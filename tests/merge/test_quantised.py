@@ -15,6 +15,7 @@ from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError
 from solera_core.provenance import verify
+from solera_core.strict import parse
 from solera_merge.config import MergeConfig
 from solera_merge.run import merge, plan_merge
 from tests import loopback_hub
@@ -148,9 +149,9 @@ def test_gpt_oss(recipe: Recipe, make_model: MakeModel, tmp_path: Path) -> None:
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             tensors[name] = expected[name] = tensor
             continue
-        experts, inputs, out = tensor.shape
-        blocks = torch.randint(0, 256, (experts, out, inputs // 32, 16), dtype=torch.uint8, generator=generator)
-        scales = torch.randint(118, 124, (experts, out, inputs // 32), dtype=torch.uint8, generator=generator)
+        experts, inputs, outputs = tensor.shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(118, 124, (experts, outputs, inputs // 32), dtype=torch.uint8, generator=generator)
         tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
         expected[name] = upstream(blocks, scales)
     assert len(tensors) > len(expected)
@@ -234,10 +235,13 @@ config = parse(MergeConfig, arguments["recipe"], where="recipe")
 
 def test_on_the_hub_they_are_planned_from_headers(hub: loopback_hub.Hub, models: Siblings, tmp_path: Path) -> None:
     """And, of bitsandbytes, the few bytes of each quantisation state, which hold the shapes."""
-    recipe = {"merge_method": "linear", "parameters": {"weight": 1}, "dtype": "bfloat16"}
-    recipe |= {"models": [{"model": "me/a8"}, {"model": "me/b4"}]}
-    options: dict[str, Any] = {"base_dir": str(tmp_path), "recipe": recipe}
-    ask = lambda code: loopback_hub.ask(CODE + code, hub.endpoint, tmp_path, offline=False, **options)  # noqa: E731
+    content: dict[str, Any] = {"merge_method": "linear", "parameters": {"weight": 1}, "dtype": "bfloat16"}
+    content["models"] = [{"model": "me/a8"}, {"model": "me/b4"}]
+    options: dict[str, Any] = {"base_dir": str(tmp_path), "recipe": content}
+
+    def ask(code: str) -> Any:
+        return loopback_hub.ask(CODE + code, hub.endpoint, tmp_path, offline=False, **options)
+
     answer = ask("answer |= plan_merge(config, ctx).to_json()")
     assert len(answer["rows"]) == len(load_file(models["a"] / "model.safetensors"))
     weights = hub.weights()
@@ -246,7 +250,5 @@ def test_on_the_hub_they_are_planned_from_headers(hub: loopback_hub.Hub, models:
     assert sum(asked.served for asked in weights) < files / 2
     ask("merge(config, Path(arguments['base_dir'], 'out'), ctx)")
     local = Context(models={"me/a8": models["a8"], "me/b4": models["b4"]})
-    from solera_core.strict import parse
-
-    here = merge(parse(MergeConfig, recipe, where="recipe"), tmp_path / "here", local)
+    here = merge(parse(MergeConfig, content, where="recipe"), tmp_path / "here", local)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (here / "model.safetensors").read_bytes()

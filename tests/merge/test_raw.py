@@ -53,7 +53,8 @@ def run_mergekit(recipe: dict[str, Any], out: Path) -> Tensors:
 
         config = RawPyTorchMergeConfig.model_validate(recipe)
         tasks: Any = plan_flat_merge(config, str(out), False, False, MergeOptions())
-        Executor(tasks, math_device="cpu", storage_device="cpu").execute()
+        cpu = torch.device("cpu")
+        Executor(tasks, math_device=cpu, storage_device=cpu).execute()
     return load_file(out / "model.safetensors")
 
 

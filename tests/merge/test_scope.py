@@ -1,6 +1,7 @@
 """One threshold over the whole model, against a stable sort of the whole task vector."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ def kept_by_sort(deltas: Sequence[Any], density: float, gamma: float = 0.0) -> l
     return [part.reshape(delta.shape) for part, delta in zip(parts, deltas, strict=True)]
 
 
+def in_threads(function: Callable[[int], None], numbers: Sequence[int]) -> None:
+    """All at once, and in another order than the model's."""
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(function, [*numbers[1::2], *numbers[::2]]))
+
+
 def merged(method: str, tensors: Sequence[Any], *parameters: dict[str, Any]) -> list[Any]:
     """Every tensor merged; one mapping of parameters for all, or one a tensor."""
     entry = METHODS[method]
@@ -38,7 +45,8 @@ def merged(method: str, tensors: Sequence[Any], *parameters: dict[str, Any]) -> 
     ]
     assert entry.survey is not None
     out: list[Any] = []
-    for tensor, finding, values in zip(tensors, entry.survey(tensors, resolved), all_parameters, strict=True):
+    findings = entry.survey(tensors, resolved, in_threads)
+    for tensor, finding, values in zip(tensors, findings, all_parameters, strict=True):
         formula = entry.function(tensor, finding, **values)
         out.append(np.concatenate([formula(block) for block in tensor.blocks(entry.unit)]).reshape(tensor.shape))
     return out

@@ -1,8 +1,13 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from solera_core.context import Context
+from solera_core.errors import ConfigError
+from solera_merge.run import merge
 
 Apply = Callable[..., Any]
 ZERO = [0.0, 0.0, 0.0, 0.0]
@@ -40,6 +45,31 @@ def test_weights_of_mixed_sign_stay_bounded(apply: Apply) -> None:
 def test_a_negative_weight_means_the_opposite_direction(apply: Apply) -> None:
     """mergekit divides by a negative sum, so that a weight of -1 adds the task it should subtract."""
     assert apply("ties", [[3.0]], [1.0], weight=(-1,), density=(1,)).tolist() == [-1.0]
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "breadcrumbs_ties"])
+def test_rescale_keeps_the_l1_norm_of_every_task_vector(apply: Apply, method: str) -> None:
+    a = [4.0, -1.0, 3.0, 0.5]  # norm 8.5; 7 is kept
+    unchanged = ZERO  # no norm to keep
+    gamma = {} if method == "ties" else {"gamma": (0.0, 0.0)}
+    parameters = {"weight": (1, 1), "density": (0.5, 0.5), "normalize": False, "rescale": True, **gamma}
+    merged = apply(method, [a, unchanged], ZERO, **parameters)
+    factor = np.float32(8.5 / 7)
+    assert merged.tolist() == [4 * factor, 0.0, 3 * factor, 0.0]
+
+
+def test_rescale_of_what_is_left_by_one_threshold_for_the_model_is_refused(
+    recipe: Callable[..., Any], bare_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    models = [str(bare_model(tmp_path / name, {"model.norm.weight": np.ones(4)})) for name in "ab"]
+    content = {
+        "merge_method": "ties",
+        "base_model": models[0],
+        "models": models[1:],
+        "parameters": {"weight": 1.0, "density": 0.5, "rescale": True, "scope": "model"},
+    }
+    with pytest.raises(ConfigError, match=r"`rescale` gives every tensor .* leave one of the two out"):
+        merge(recipe(**content), tmp_path / "out", Context())
 
 
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.3, 0.999, 1.0])

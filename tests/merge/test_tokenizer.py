@@ -244,6 +244,16 @@ def test_padding_that_the_recipe_asks_for_is_mergekits(both: Both, model: Model,
     assert config_of(tmp_path / "ours")["vocab_size"] == config_of(tmp_path / "theirs")["vocab_size"] == 320
 
 
+def test_padding_is_filled_where_all_vocabularies_agree_too(both: Both, model: Model) -> None:
+    """Nothing needs to be moved, and the number of rows stays: the rows without a token still get the mean."""
+    tokenizer = byte_level(PROSE, 281)
+    a, b = (model(name, tokenizer, rows=320, seed=i) for i, name in enumerate("ab"))
+    mine, _, ours, other = both(**linear(a, b, tokenizer={"source": "union", "pad_to_multiple_of": 64}))
+    assert len(mine) < 320
+    for name in TABLES:
+        np.testing.assert_allclose(ours[name], other[name], rtol=1e-5, atol=1e-8)
+
+
 def test_stacked_layers_take_the_rows_of_their_own_models(both: Both, model: Model) -> None:
     """The embedding is made of the first slice's models, the head of the last one's; tokens of neither get zeros."""
     three = (byte_level(PROSE, 280), byte_level(CODE, 290), byte_level(PROSE + CODE, 300))

@@ -373,9 +373,10 @@ def bad(
         ({"vocab_size": 310}, "vocab_size is 310, but 304"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but 'silu'"),
         ({"family": "mistral", "sliding_window": None}, "model_type 'mistral', but the trunk .* is 'llama'"),
-        ({"attention_bias": True}, "attention_bias is true"),
-        ({"mlp_bias": True}, "mlp_bias is true"),
-        ({"family": "qwen2"}, "model_type 'qwen2' cannot become a Mixtral exactly"),
+        ({"attention_bias": True}, "attention_bias is 'qkvo', but 'none' in the trunk"),
+        ({"mlp_bias": True}, "mlp_bias is True, but False in the trunk"),
+        ({"family": "qwen2"}, "model_type 'qwen2', but the trunk .* is 'llama'"),
+        ({"family": "gemma2"}, "attn_logit_softcapping .* has no home in any MoE format.*solera route"),
     ],
 )
 def test_an_expert_that_does_not_fit(

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError
-from solera_merge.moe.dense import DEFAULTS, Dense, read_dense
+from solera_merge.moe.dense import Dense, read_dense
+from solera_merge.moe.families import ARCHITECTURES, DEFAULTS, PLAIN
 
 
 def read(path: Path) -> Dense:
@@ -48,11 +49,12 @@ def edited(tmp_path: Path, siblings: dict[str, Path]) -> Callable[..., Path]:
     return make
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", list(DEFAULTS))
 def test_defaults_are_those_of_transformers(family: str) -> None:
     import dataclasses
 
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = type(AutoConfig.for_model(family))
     theirs = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
@@ -60,9 +62,10 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
         assert theirs[field] == value, field
     # and no field of the family is unknown to us: a later version that adds one shows here
     common = {f.name for f in dataclasses.fields(AutoConfig.for_model("gpt2").__class__.__mro__[1])}
-    handled = {"rope_parameters", "attention_bias", "mlp_bias", "pretraining_tp"}
+    handled = {"rope_parameters", "pretraining_tp", "layer_types", "original_max_position_embeddings"}
     assert theirs.keys() - common - DEFAULTS[family].keys() - handled == set()
     assert config.default_theta == 10_000.0
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family] == ARCHITECTURES[family]
 
 
 def test_a_sparse_config_is_resolved_as_transformers_resolves_it(edited: Callable[..., Path]) -> None:
@@ -71,7 +74,7 @@ def test_a_sparse_config_is_resolved_as_transformers_resolves_it(edited: Callabl
     removed = ("rope_parameters", "rms_norm_eps", "head_dim", "hidden_act", "attention_dropout", "initializer_range")
     path = edited(remove=removed)
     fields, theirs = read(path).fields, AutoConfig.from_pretrained(path)
-    for field in fields.keys() - {"sliding_window"}:
+    for field in fields.keys() - PLAIN.keys():
         assert fields[field] == getattr(theirs, field), field
 
 
@@ -111,22 +114,23 @@ def test_every_spelling_of_rope_is_read_as_transformers_reads_it(
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"attention_bias": True}, "attention_bias is true.*solera merge"),
-        ({"mlp_bias": True}, "mlp_bias is true.*solera merge"),
+        ({"attention_bias": True}, "self_attn.q_proj.bias is missing"),
         ({"quantization_config": {"bits": 4}}, "quantization_config.*unquantised"),
-        ({"logit_softcap": 30.0}, "logit_softcap: no home in Mixtral.*remove it from config.json"),
+        ({"logit_softcap": 30.0}, "logit_softcap: no home in any MoE format.*remove it from config.json"),
         ({"one_thing": 1, "other_thing": 2}, "one_thing, other_thing: no home"),
-        ({"sliding_window": 64}, "sliding_window is 64, which Llama ignores"),
+        ({"sliding_window": 64}, "sliding_window is 64, which LlamaForCausalLM ignores"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types mixes"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}}, "rope_type 'spiral' is not one of"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differ by layer"),
         ({"rope_theta": 5.0}, "rope_theta of the rotary embedding is given twice, as 10000.0 and as 5.0"),
-        ({"model_type": "gemma2"}, "model_type 'gemma2' cannot become a Mixtral exactly.*llama, mistral"),
+        ({"model_type": "gemma2"}, "attn_logit_softcapping .*four norms.*solera route.*llama, mistral"),
+        ({"model_type": "gemma3_text"}, "layer_types .*four norms.*solera route"),
+        ({"model_type": "strange"}, "model_type 'strange' is none of the families.*solera route"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "expected .'LlamaForCausalLM'.: a causal LM"),
         ({"hidden_size": 48}, r"embed_tokens.weight has shape \(304, 32\), but config.json makes it \(304, 48\)"),
         ({"num_hidden_layers": 3}, "tensor model.layers.2.*is missing"),
-        ({"num_hidden_layers": 1}, "tensor model.layers.1.* and 8 more has no home"),
+        ({"num_hidden_layers": 1}, "tensor model.layers.1.* and 8 more is none of those that config.json promises"),
     ],
 )
 def test_what_has_no_home_is_refused_by_name(edited: Callable[..., Path], config: dict[str, Any], message: str) -> None:
@@ -141,7 +145,7 @@ def test_an_unknown_tensor_is_refused_and_a_derived_one_is_not(edited: Callable[
             "model.layers.1.self_attn.q_proj.bias": np.ones(32, np.float32),
         }
     )
-    with pytest.raises(CheckpointError, match=r"tensor model.layers.1.self_attn.q_proj.bias has no home.*no biases"):
+    with pytest.raises(CheckpointError, match=r"tensor model.layers.1.self_attn.q_proj.bias is none.*attention_bias"):
         read(path)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from solera_core.errors import VerificationError
 from solera_merge.moe.config import MoeConfig
 from solera_merge.moe.identity import Identity, check_identity, checked_parameters, checked_part
 from solera_merge.moe.inputs import Inputs, open_inputs
+from solera_merge.moe.targets.choice import TARGETS
+from solera_merge.moe.targets.mixtral import TARGET
 from solera_merge.moe.write import Part
 
 SECOND = "model.layers.2.block_sparse_moe.experts.1.w2.weight"
@@ -135,10 +138,8 @@ def test_a_wrong_name_map_is_found_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The code itself broken: gate and up exchanged. T1 fails although inputs and files are whole.
-    monkeypatch.setattr(
-        "solera_merge.moe.mixtral._EXPERT",
-        {"mlp.gate_proj.weight": "w3", "mlp.up_proj.weight": "w1", "mlp.down_proj.weight": "w2"},
-    )
+    gate, up, down = TARGET.slots
+    monkeypatch.setitem(TARGETS, "mixtral", replace(TARGET, slots=(up, gate, down)))
     _, inputs = built
     experts = {n: e.checkpoint.path for n, e in zip(inputs.names, inputs.experts, strict=True)}
     with pytest.raises(VerificationError, match="2 copies of the trunk as experts: logits differ"):
@@ -150,12 +151,10 @@ def test_a_field_that_is_not_carried_is_found(
     built: tuple[Path, Inputs], tmp_path: Path, build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As mergekit 0.1.5 does it: the window is dropped.
-    import solera_merge.moe.write
-    from solera_merge.moe.mixtral import moe_config
+    def dropped(fields: Any, sizes: Any) -> dict[str, Any]:
+        return TARGET.settings(fields, sizes) | {"sliding_window": None}
 
-    monkeypatch.setattr(
-        solera_merge.moe.write, "moe_config", lambda *a, **k: moe_config(*a, **k) | {"sliding_window": None}
-    )
+    monkeypatch.setitem(TARGETS, "mixtral", replace(TARGET, settings=dropped))
     _, inputs = built
     experts = {n: e.checkpoint.path for n, e in zip(inputs.names, inputs.experts, strict=True)}
     with pytest.raises(VerificationError, match="2 copies of the trunk as experts: logits differ"):

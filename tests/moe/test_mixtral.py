@@ -11,7 +11,8 @@ from safetensors import safe_open
 from solera_core.context import Context
 from solera_core.errors import CheckpointError
 from solera_merge.moe.dense import read_dense
-from solera_merge.moe.mixtral import moe_config, pieces
+from solera_merge.moe.targets.mixtral import TARGET
+from solera_merge.moe.targets.target import Sizes
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -113,7 +114,7 @@ def test_name_map_by_hand(siblings: dict[str, Path]) -> None:
     from solera_core.checkpoint import open_checkpoint
 
     fields = dict(read_dense("trunk", open_checkpoint(siblings["base"], Context())).fields, num_hidden_layers=1)
-    found = {(p.name, p.shape, p.source, p.expert) for p in pieces(fields, experts=2, width=64)}
+    found = {(p.name, p.shape, p.source, p.expert) for p in TARGET.pieces(fields, experts=2, width=64)}
     layer = "model.layers.0."
     moe = layer + "block_sparse_moe."
     assert found == {
@@ -135,4 +136,4 @@ def test_a_field_without_a_home_is_an_error(siblings: dict[str, Path]) -> None:
 
     fields = {**read_dense("trunk", open_checkpoint(siblings["base"], Context())).fields, "logit_scale": 2.0}
     with pytest.raises(CheckpointError, match="logit_scale: no home in Mixtral"):
-        moe_config(fields, experts=2, top_k=1, width=48, dtype="float32")
+        TARGET.config(fields, Sizes(2, 1, 48), dtype="float32")

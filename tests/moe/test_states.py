@@ -14,9 +14,9 @@ from solera_core.errors import CheckpointError
 from solera_core.progress import Silent
 from solera_merge.moe.calibration import Sequences
 from solera_merge.moe.dense import read_dense
-from solera_merge.moe.mixtral import router_module
 from solera_merge.moe.routing import first_choices, forced_route, mean_nll
 from solera_merge.moe.states import batches, router_statistics
+from solera_merge.moe.targets.mixtral import TARGET
 
 
 def sequences(lengths: list[int], seed: int) -> Sequences:
@@ -48,7 +48,7 @@ def test_statistics_are_of_what_the_built_routers_read(
         gram, sums = np.zeros((32, 32)), np.zeros((2, 32))
         for e, domain in enumerate(text):
             seen: list[Any] = []
-            handle = router_module(moe, layer).register_forward_pre_hook(
+            handle = TARGET.router_module(moe, layer).register_forward_pre_hook(
                 lambda module, inputs, seen=seen: seen.append(inputs[0].detach().reshape(-1, 32).double().numpy())
             )
             with forced_route(moe, e):

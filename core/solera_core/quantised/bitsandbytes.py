@@ -59,7 +59,9 @@ def _eight(stored: Stored) -> Scheme:
 def _rows(stored: Stored, name: str, scale: Grid, first: int, last: int) -> Float32:
     """Rows [first, last) of 8-bit codes."""
     codes = stored.raw(name, first * scale.columns, last * scale.columns).view(np.int8).astype(np.float32)
-    return codes.reshape(last - first, scale.columns) * (scale.expanded(stored, first, last) / np.float32(127))
+    scales = scale.expanded(stored, first, last)
+    scales /= 127
+    return codes.reshape(last - first, scale.columns) * scales
 
 
 def _four(stored: Stored, target: str, state: str, text: bytes) -> list[Weight]:

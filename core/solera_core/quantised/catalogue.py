@@ -92,7 +92,7 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
         seen,
         what={"dequantised": scheme.label, "dtype": dtype},
         config=_without_quantisation(config),
-        notes=(f"stored as {scheme.label}: dequantised, and written unquantised",),
+        notes=(_note(scheme),),
     )
 
 
@@ -137,6 +137,12 @@ def _check_the_rest(stored: Stored, used: Collection[str], *, quantised: bool) -
             stored.problem(name, why + ("" if quantised else ", but config.json has no `quantization_config`"))
         elif info.dtype not in (*FLOATS, *_WHOLE_NUMBERS):
             stored.problem(name, "is no floating-point number, and no part of a quantised weight that is known here")
+
+
+def _note(scheme: Scheme) -> str:
+    n = len(scheme.dropped)
+    dropped = f"; {n} scales of activations are left out" if n else ""
+    return f"stored as {scheme.label}: dequantised, and written unquantised{dropped}"
 
 
 def _info(checkpoint: Checkpoint, weight: Weight, dtype: str) -> TensorInfo:

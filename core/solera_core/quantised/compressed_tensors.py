@@ -72,7 +72,7 @@ def _plain(stored: Stored, module: str) -> list[Weight]:
     codes = parts["weight"]
     shape = stored.tensors[codes].shape
     scale = grid_of(stored, parts["weight_scale"], shape)
-    zero = grid_of(stored, parts["weight_zero_point"], shape) if "weight_zero_point" in parts else None
+    zero = grid_of(stored, parts["weight_zero_point"], shape, integers=True) if "weight_zero_point" in parts else None
     if scale is None or (zero is None and "weight_zero_point" in parts):
         return []
     return [scaled(stored, codes, codes, shape, scale, zero)]

@@ -65,6 +65,7 @@ def grid_of(
     *,
     block: tuple[int, int] | None = None,
     exponents: bool = False,
+    integers: bool = False,
 ) -> Grid | None:
     """The grid that a stored tensor is for a weight of this shape; None, and a problem, if it fits none.
 
@@ -75,14 +76,11 @@ def grid_of(
         block: height and width where the settings say so; the last of each may be cut off. Else they follow from the
             two shapes, and divide the weight evenly.
         exponents: bytes are exponents.
+        integers: they are zero points, of one byte.
     """
     info = stored.tensors[name]
-    numbers = (
-        ("F32", "BF16", "F16", "F8_E8M0", "F8_E4M3", "U8")
-        if exponents
-        else ("F32", "BF16", "F16", "F8_E8M0", "F8_E4M3")
-    )
-    if not stored.expect(name, dtypes=(*numbers, "I8")):
+    floats = ("F32", "BF16", "F16", "F8_E8M0", "F8_E4M3")
+    if not stored.expect(name, dtypes=(*floats, *(["U8"] if exponents else []), *(["I8"] if integers else []))):
         return None
     rows, columns = shape[-2:] if len(shape) > 1 else (1, *shape)
     found = _grid_shape(info, shape)

@@ -1,5 +1,6 @@
 """What the formats share: the stored tensors and what of them is accounted for, and what a format finds in them."""
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
@@ -12,7 +13,7 @@ from solera_core.dtypes import ITEM_BYTES, to_float32
 from solera_core.errors import CheckpointError
 from solera_core.headers import TensorInfo
 
-__all__ = ["ACTIVATIONS", "Bytes", "Float32", "Scheme", "Stored", "Weight", "by_rows", "setting"]
+__all__ = ["Bytes", "Float32", "Scheme", "Stored", "Weight", "by_rows", "setting"]
 
 Float32: TypeAlias = npt.NDArray[np.float32]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -21,20 +22,10 @@ Read: TypeAlias = Callable[[int, int], Float32]
 _NEAR_BYTES: Final = 1 << 13
 _CHUNK_BYTES: Final = 1 << 20
 
-ACTIVATIONS: Final = (
-    "input_scale",
-    "input_scale_ub",
-    "input_zero_point",
-    "input_global_scale",
-    "output_scale",
-    "output_zero_point",
-    "activation_scale",
-    "k_scale",
-    "v_scale",
-    "q_scale",
-    "prob_scale",
+_ACTIVATIONS: Final = re.compile(
+    r"(^|\.)((\w+_)?(input|output|activation)_(scale|zero_point|global_scale|scale_ub)|[qkv]_scale|prob_scale)$"
 )
-"""Ends of names of tensors about activations and the key-value cache, which an unquantised model does not need."""
+"""Tensors about activations and the key-value cache, which an unquantised model does not need."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +167,7 @@ class Stored:
 
     def activations(self) -> list[str]:
         """Names of the tensors that are about activations."""
-        return [name for name in self.tensors if name.endswith(ACTIVATIONS)]
+        return [name for name in self.tensors if _ACTIVATIONS.search(name)]
 
     def refuse(self, what: str) -> CheckpointError:
         """The error for a setting of this model that no format here covers."""

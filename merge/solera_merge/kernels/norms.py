@@ -6,7 +6,7 @@ import numpy.typing as npt
 from solera_merge.kernels.compiled import kernel
 from solera_merge.kernels.formats import widen
 
-__all__ = ["dot_chunks", "norms_and_dots"]
+__all__ = ["dot", "dot_chunks", "gram_chunks"]
 
 Float64 = npt.NDArray[np.float64]
 
@@ -28,11 +28,12 @@ def dot_chunks(
     for c in range(sums.size):
         begin = c * chunk
         end = min(begin + chunk, a.size)
-        sums[c] = _dot(a[begin:end], b[begin:end], partial)
+        sums[c] = dot(a[begin:end], b[begin:end], partial)
 
 
 @kernel
-def _dot(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], partial: npt.NDArray[np.float64]) -> np.float64:
+def dot(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], partial: npt.NDArray[np.float64]) -> np.float64:
+    """Sum a * b; `partial` is scratch space, one place a lane."""
     lanes = partial.size
     partial[:] = 0
     whole = a.size // lanes * lanes
@@ -50,33 +51,43 @@ def _dot(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], partial: npt.ND
 
 
 @kernel
-def norms_and_dots(
+def gram_chunks(
     raw: npt.NDArray[np.uint8],
     codes: npt.NDArray[np.int64],
     n: int,
+    count: int,
     chunk: int,
     lanes: int,
     sums: npt.NDArray[np.float64],
 ) -> bool:
-    """Chunk sums of W_0^2, W_1^2 and W_0 W_1; the base is the last row. Whether an input is not finite.
+    """Chunk sums of x_i x_j for j <= i. Whether an input is not finite.
 
     Args:
-        raw: two rows; see `solera_merge.kernels`.
+        raw: see `solera_merge.kernels`.
         codes: of the rows.
         n: elements.
+        count: number of models; x_i is W_i, or W_i - W_0 where there is one more row, the base.
         chunk: see `dot_chunks`.
         lanes: see `dot_chunks`.
-        sums: [3, number of chunks], overwritten.
+        sums: [count (count + 1) / 2, number of chunks], overwritten; pair (i, j) is row i (i + 1) / 2 + j.
     """
-    a, b = np.empty(chunk, np.float32), np.empty(chunk, np.float32)
+    values, base = np.empty((count, chunk), np.float32), np.empty(chunk, np.float32)
     partial = np.empty(lanes)
     bad = False
     for c in range(sums.shape[1]):
         begin = c * chunk
         m = min(chunk, n - begin)
-        bad |= widen(raw[1], codes[1], begin, m, a)
-        bad |= widen(raw[0], codes[0], begin, m, b)
-        sums[0, c] = _dot(a[:m], a[:m], partial)
-        sums[1, c] = _dot(b[:m], b[:m], partial)
-        sums[2, c] = _dot(a[:m], b[:m], partial)
+        if codes.size > count:
+            bad |= widen(raw[count], codes[count], begin, m, base)
+        for i in range(count):
+            value = values[i]
+            bad |= widen(raw[i], codes[i], begin, m, value)
+            if codes.size > count:
+                for j in range(m):
+                    value[j] = value[j] - base[j]
+        pair = 0
+        for i in range(count):
+            for k in range(i + 1):
+                sums[pair, c] = dot(values[i, :m], values[k, :m], partial)
+                pair += 1
     return bad

@@ -1,16 +1,20 @@
 """Counting and finding values by the bits of their magnitude; see `solera_merge.selection`.
 
-Values are float32 pieces; `deltas` makes such a piece from stored bytes. Loops run over slices from 0: an index with an
+Values are float32 pieces; `ranked` makes such a piece from stored bytes. Loops run over slices from 0: an index with an
 offset keeps the compiler from using vector instructions (measured: 0.7 against 7 Gelem/s for the subtraction).
 """
+
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from solera_merge.kernels.compiled import kernel
+from solera_merge.kernels.deltas import load_deltas, spreads
 from solera_merge.kernels.formats import PIECE, widen
 
 __all__ = [
+    "SPREAD",
     "collect_bin",
     "count_lower",
     "count_upper",
@@ -32,13 +36,22 @@ _ONE = np.uint32(1)
 _GROUP = 64  # elements looked at together: mostly none of them is in the bin
 
 
-@kernel
-def deltas(raw: Bytes, codes: Codes, model: int, begin: int, m: int, other: Float32, out: Float32) -> bool:
-    """out[:m] = W_model - W_0 for elements [begin, begin + m); W_0 is the last row. Whether one is not finite.
+SPREAD: Final = -1
+"""In place of a model: what is ranked is how far the deltas of the models are apart."""
 
-    `other` is scratch space of the same length.
+
+@kernel
+def ranked(raw: Bytes, codes: Codes, model: int, begin: int, m: int, other: Float32, out: Float32) -> bool:
+    """out[:m] = W_model - W_0 (or their spread) of elements [begin, begin + m); W_0 is the last row.
+
+    Whether an input is not finite. `other` is scratch space of the same length.
     """
     base = codes.size - 1
+    if model == SPREAD:
+        terms = np.empty((base, m), np.float32)
+        bad = load_deltas(raw, codes, begin, m, other, terms)
+        spreads(terms, m, np.empty(m), np.empty(m), out)
+        return bad
     bad = widen(raw[model], codes[model], begin, m, out)
     bad |= widen(raw[base], codes[base], begin, m, other)
     for j in range(m):
@@ -82,17 +95,17 @@ def count_words_of_bin(words: Words, upper: int, counts: npt.NDArray[np.int64]) 
 
 @kernel
 def count_upper(raw: Bytes, codes: Codes, n: int, model: int, tables: Words2D) -> int:
-    """tables[any, upper 15 magnitude bits of the delta] += 1 for every element.
+    """tables[any, upper 15 magnitude bits] += 1 for every element.
 
     Args:
         raw: see `solera_merge.kernels`; the base is the last row.
         codes: of the rows.
         n: elements.
-        model: row.
+        model: row, or `SPREAD`.
         tables: [`solera_merge.selection.TABLES`, 2^15]; their sum is the histogram.
 
     Returns:
-        How many deltas are exactly 0, or -1 if an input is not finite.
+        How many values are exactly 0, or -1 if an input is not finite.
     """
     values, other = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     bits = values.view(np.uint32)
@@ -100,7 +113,7 @@ def count_upper(raw: Bytes, codes: Codes, n: int, model: int, tables: Words2D) -
     zeros = 0
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
-        bad |= deltas(raw, codes, model, begin, m, other, values)
+        bad |= ranked(raw, codes, model, begin, m, other, values)
         for j in range(m):
             bits[j] &= _MAGNITUDE
         zeros += count_words(bits[:m], tables)
@@ -109,12 +122,12 @@ def count_upper(raw: Bytes, codes: Codes, n: int, model: int, tables: Words2D) -
 
 @kernel
 def count_lower(raw: Bytes, codes: Codes, n: int, model: int, upper: int, counts: npt.NDArray[np.int64]) -> None:
-    """Of the deltas whose upper bits are `upper`: counts[lower 16 bits] += 1."""
+    """Of the values whose upper bits are `upper`: counts[lower 16 bits] += 1."""
     values, other = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     bits = values.view(np.uint32)
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
-        deltas(raw, codes, model, begin, m, other, values)
+        ranked(raw, codes, model, begin, m, other, values)
         for j in range(m):
             bits[j] &= _MAGNITUDE
         count_words_of_bin(bits[:m], upper, counts)
@@ -132,13 +145,13 @@ def collect_bin(
     lower: npt.NDArray[np.uint16],
     found: int,
 ) -> int:
-    """Append flat index and lower bits of every delta whose upper bits are `upper`; how many there are now."""
+    """Append flat index and lower bits of every value whose upper bits are `upper`; how many there are now."""
     values, other = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     bits = values.view(np.uint32)
     wanted = np.uint32(upper)
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
-        deltas(raw, codes, model, begin, m, other, values)
+        ranked(raw, codes, model, begin, m, other, values)
         for at in range(0, m, _GROUP):
             group = bits[at : min(at + _GROUP, m)]
             inside = np.uint32(0)
@@ -157,14 +170,14 @@ def collect_bin(
 
 @kernel
 def find_equal(raw: Bytes, codes: Codes, n: int, model: int, magnitude: int, wanted: int) -> tuple[int, int]:
-    """(place in the block of the `wanted`-th delta of just this magnitude, or -1; how many were seen up to there)."""
+    """(place in the block of the `wanted`-th value of just this magnitude, or -1; how many were seen up to there)."""
     values, other = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     bits = values.view(np.uint32)
     target = np.uint32(magnitude)
     seen = 0
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
-        deltas(raw, codes, model, begin, m, other, values)
+        ranked(raw, codes, model, begin, m, other, values)
         inside = np.uint32(0)
         for j in range(m):
             inside += np.uint32((bits[j] & _MAGNITUDE) == target)

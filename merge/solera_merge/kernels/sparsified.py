@@ -1,60 +1,142 @@
-"""Sparsified task vectors, combined: ties, dare_ties, dare_linear, from stored bytes to stored bytes."""
+"""Sparsified task vectors, combined (ties, breadcrumbs, dare), from stored bytes to stored bytes."""
 
 import numpy as np
 import numpy.typing as npt
 
 from solera_merge.kernels.compiled import kernel
+from solera_merge.kernels.deltas import load_deltas
 from solera_merge.kernels.drift import add_drift
+from solera_merge.kernels.elections import ELECT_NONE, ELECT_UNWEIGHTED, ELECT_WEIGHTED
 from solera_merge.kernels.formats import PIECE, narrow, widen
+from solera_merge.kernels.norms import dot
 from solera_merge.kernels.philox import philox_words
+from solera_merge.kernels.spans import WIDTHS, Rows, fill
 
-__all__ = ["merge_kept", "merge_largest", "merge_random"]
+__all__ = [
+    "ALL",
+    "SIGN",
+    "l1_chunks",
+    "merge_band",
+    "merge_kept",
+    "merge_random",
+    "span_of_band",
+    "span_of_random",
+]
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint32]
+Places = npt.NDArray[np.int64]
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
+ALL, SIGN = np.uint32(0xFFFFFFFF), np.uint32(0x80000000)
+"""Bits that are left of a number: those of what is kept, and those of what is made 0."""
 
 
 @kernel
-def merge_largest(
+def merge_band(
     raw: Bytes,
     codes: Codes,
     n: int,
     start: int,
-    bits: npt.NDArray[np.uint32],
-    last: npt.NDArray[np.int64],
+    outer: Words,
+    outer_last: Places,
+    inner: Words,
+    inner_last: Places,
+    factors: Float32,
     weight: Float32,
+    elect: int,
     normalize: bool,
+    plain_divisor: np.float32,
     scale: np.float32,
     out: Bytes,
     out_code: int,
     drift: npt.NDArray[np.float64],
 ) -> int:
-    """TIES behind its selection: model i keeps |delta| > bits[i], and of those equal to it the ones up to last[i]."""
+    """TIES and breadcrumbs behind their selection.
+
+    Model i keeps |delta| > outer[i], and of those equal to it the ones up to place outer_last[i]; less those that
+    `inner` and `inner_last` give in the same way (inner[i] = 0x7FFFFFFF: none). What it keeps is multiplied by
+    factors[i].
+    """
     bad = 0
     models = weight.size
     base, merged = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     terms = np.empty((models, PIECE), np.float32)
-    words = terms.view(np.uint32)
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
-        if _load(raw, codes, begin, m, base, terms):
+        if load_deltas(raw, codes, begin, m, base, terms):
             bad |= 1
         for i in range(models):
-            term, word, limit = terms[i], words[i], bits[i]
-            equal = min(max(last[i] + 1 - (start + begin), 0), m)  # equal ones before this place are kept
-            for j in range(equal):
-                term[j] *= np.float32((word[j] & _MAGNITUDE) >= limit)
-            later, later_word = term[equal:m], word[equal:m]
-            for j in range(m - equal):
-                later[j] *= np.float32((later_word[j] & _MAGNITUDE) > limit)
-        merge_kept(terms, m, weight, True, normalize, np.float32(1), scale, base, merged)
+            term = terms[i]
+            _keep_band(term, m, start + begin, outer[i], outer_last[i], inner[i], inner_last[i])
+            factor = factors[i]
+            if factor != 1:
+                for j in range(m):
+                    term[j] *= factor
+        merge_kept(terms, m, weight, elect, normalize, plain_divisor, scale, base, merged)
         add_drift(merged, base, m, drift)
         if narrow(merged, m, out, out_code, begin):
             bad |= 2
     return bad
+
+
+@kernel
+def l1_chunks(
+    raw: Bytes,
+    codes: Codes,
+    n: int,
+    start: int,
+    model: int,
+    outer: np.uint32,
+    outer_last: int,
+    inner: np.uint32,
+    inner_last: int,
+    chunk: int,
+    lanes: int,
+    sums: npt.NDArray[np.float64],
+) -> None:
+    """Chunk sums of |delta| of one model, before and after the selection of `merge_band`, [2, chunks].
+
+    `chunk`, `lanes`: see `solera_merge.kernels.norms.dot_chunks`.
+    """
+    base, signs = np.empty(chunk, np.float32), np.empty(chunk, np.float32)
+    terms = np.empty((1, chunk), np.float32)
+    term = terms[0]
+    partial = np.empty(lanes)
+    for c in range(sums.shape[1]):
+        begin = c * chunk
+        m = min(chunk, n - begin)
+        widen(raw[codes.size - 1], codes[codes.size - 1], begin, m, base)
+        widen(raw[model], codes[model], begin, m, term)
+        for j in range(m):
+            term[j] = term[j] - base[j]
+            signs[j] = np.sign(term[j])
+        sums[0, c] = dot(term[:m], signs[:m], partial)
+        _keep_band(term, m, start + begin, outer, outer_last, inner, inner_last)
+        sums[1, c] = dot(term[:m], signs[:m], partial)
+
+
+@kernel
+def _keep_band(
+    term: Float32, m: int, first: int, outer: np.uint32, outer_last: int, inner: np.uint32, inner_last: int
+) -> None:
+    """Leave what is kept, make 0 (with its sign, as a product with 0 has it) what is not; term[0] has index `first`."""
+    words = term.view(np.uint32)
+    if inner < _MAGNITUDE:
+        equal = min(max(inner_last + 1 - first, 0), m)  # those that equal the threshold count up to here
+        for j in range(equal):
+            words[j] &= ALL if (words[j] & _MAGNITUDE) < inner else SIGN
+        later = words[equal:m]
+        for j in range(m - equal):
+            later[j] &= ALL if (later[j] & _MAGNITUDE) <= inner else SIGN
+    equal = min(max(outer_last + 1 - first, 0), m)
+    for j in range(equal):
+        words[j] &= ALL if (words[j] & _MAGNITUDE) >= outer else SIGN
+    later = words[equal:m]
+    for j in range(m - equal):
+        later[j] &= ALL if (later[j] & _MAGNITUDE) > outer else SIGN
 
 
 @kernel
@@ -67,7 +149,7 @@ def merge_random(
     limits: npt.NDArray[np.uint64],
     factors: Float32,
     weight: Float32,
-    elect: bool,
+    elect: int,
     normalize: bool,
     plain_divisor: np.float32,
     scale: np.float32,
@@ -86,7 +168,7 @@ def merge_random(
     words = np.empty(PIECE, np.uint32)
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
-        if _load(raw, codes, begin, m, base, terms):
+        if load_deltas(raw, codes, begin, m, base, terms):
             bad |= 1
         for i in range(models):
             term, limit, factor = terms[i], limits[i], factors[i]
@@ -105,24 +187,11 @@ def merge_random(
 
 
 @kernel
-def _load(raw: Bytes, codes: Codes, begin: int, m: int, base: Float32, terms: Float32) -> bool:
-    """The base, and the deltas of all models; whether one value is not finite."""
-    models = len(terms)
-    bad = widen(raw[models], codes[models], begin, m, base)
-    for i in range(models):
-        term = terms[i]
-        bad |= widen(raw[i], codes[i], begin, m, term)
-        for j in range(m):
-            term[j] = term[j] - base[j]
-    return bad
-
-
-@kernel
 def merge_kept(
     terms: Float32,
     m: int,
     weight: Float32,
-    elect: bool,
+    elect: int,
     normalize: bool,
     plain_divisor: np.float32,
     scale: np.float32,
@@ -131,21 +200,22 @@ def merge_kept(
 ) -> None:
     """Into `merged`: base + scale * (weighted deltas of the elected sign, or all, summed, perhaps divided by weights).
 
-    As `solera_merge.signs`, operation by operation. `terms` [N, PIECE] is overwritten. Where a sign is elected, the
-    divisor is that of the models that agree; else it is `plain_divisor`.
+    As `solera_merge.signs`, operation by operation. `terms` [N, PIECE] is overwritten. `elect` is one of
+    `elections`. Where a sign is elected, the divisor is that of the models that agree; else it is `plain_divisor`.
     """
     models = weight.size
     total = merged
     divisor = np.empty(PIECE, np.float32)
     plus = np.empty(PIECE, np.bool_)
+    if elect == ELECT_UNWEIGHTED:
+        _elect(terms, m, total, plus)
     for i in range(models):
         term, w = terms[i], weight[i]
         for j in range(m):
             term[j] *= w
-    if elect:
-        _sum(terms, m, total)
-        for j in range(m):
-            plus[j] = total[j] >= np.float32(0)
+    if elect == ELECT_WEIGHTED:
+        _elect(terms, m, total, plus)
+    if elect != ELECT_NONE:
         for i in range(models):
             term, w = terms[i], np.float32(abs(weight[i]))
             if i == 0:
@@ -159,7 +229,7 @@ def merge_kept(
                     term[j] *= agrees
                     divisor[j] += agrees * w
     _sum(terms, m, total)
-    if not elect:
+    if elect == ELECT_NONE:
         if normalize and plain_divisor != 1:
             for j in range(m):
                 total[j] /= plain_divisor
@@ -174,6 +244,13 @@ def merge_kept(
 
 
 @kernel
+def _elect(terms: Float32, m: int, total: Float32, plus: npt.NDArray[np.bool_]) -> None:
+    _sum(terms, m, total)
+    for j in range(m):
+        plus[j] = total[j] >= np.float32(0)
+
+
+@kernel
 def _sum(terms: Float32, m: int, total: Float32) -> None:
     first = terms[0]
     for j in range(m):
@@ -182,3 +259,99 @@ def _sum(terms: Float32, m: int, total: Float32) -> None:
         term = terms[i]
         for j in range(m):
             total[j] += term[j]
+
+
+@kernel
+def span_of_band(
+    rows: Rows,
+    n: int,
+    step: int,
+    start: int,
+    outer: npt.NDArray[np.uint32],
+    outer_last: npt.NDArray[np.int64],
+    inner: npt.NDArray[np.uint32],
+    inner_last: npt.NDArray[np.int64],
+    factors: Float32,
+    weight: Float32,
+    elect: int,
+    normalize: bool,
+    plain_divisor: np.float32,
+    scale: np.float32,
+    out: Bytes,
+    out_code: int,
+    drift: npt.NDArray[np.float64],
+) -> int:
+    """`merge_band` over a span that begins at element `start`."""
+    bad = 0
+    for at in range(0, n, step):
+        m = min(step, n - at)
+        bad |= fill(rows, at, m)
+        to = out[at * WIDTHS[out_code] :]
+        bad |= merge_band(
+            rows.raw,
+            rows.codes,
+            m,
+            start + at,
+            outer,
+            outer_last,
+            inner,
+            inner_last,
+            factors,
+            weight,
+            elect,
+            normalize,
+            plain_divisor,
+            scale,
+            to,
+            out_code,
+            drift,
+        )
+        if bad:
+            break
+    return bad
+
+
+@kernel
+def span_of_random(
+    rows: Rows,
+    n: int,
+    step: int,
+    start: int,
+    keys: npt.NDArray[np.uint64],
+    limits: npt.NDArray[np.uint64],
+    factors: Float32,
+    weight: Float32,
+    elect: int,
+    normalize: bool,
+    plain_divisor: np.float32,
+    scale: np.float32,
+    out: Bytes,
+    out_code: int,
+    drift: npt.NDArray[np.float64],
+) -> int:
+    """`merge_random` over a span that begins at element `start`."""
+    bad = 0
+    for at in range(0, n, step):
+        m = min(step, n - at)
+        bad |= fill(rows, at, m)
+        to = out[at * WIDTHS[out_code] :]
+        bad |= merge_random(
+            rows.raw,
+            rows.codes,
+            m,
+            start + at,
+            keys,
+            limits,
+            factors,
+            weight,
+            elect,
+            normalize,
+            plain_divisor,
+            scale,
+            to,
+            out_code,
+            drift,
+        )
+        if bad:
+            break
+    return bad

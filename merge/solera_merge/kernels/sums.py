@@ -6,8 +6,12 @@ import numpy.typing as npt
 from solera_merge.kernels.compiled import kernel
 from solera_merge.kernels.drift import add_drift
 from solera_merge.kernels.formats import PIECE, narrow, widen
+from solera_merge.kernels.spans import WIDTHS, Rows, fill
 
-__all__ = ["weighted_deltas", "weighted_sum"]
+__all__ = ["span_of_deltas", "span_of_sum", "weighted_deltas", "weighted_sum"]
+
+Float32 = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 
 
 @kernel
@@ -95,4 +99,52 @@ def weighted_deltas(
         add_drift(total, base, m, drift)
         if narrow(total, m, out, out_code, begin):
             bad |= 2
+    return bad
+
+
+@kernel
+def span_of_sum(
+    rows: Rows,
+    n: int,
+    step: int,
+    coefficients: Float32,
+    divisor: np.float32,
+    out: Bytes,
+    out_code: int,
+    drift: npt.NDArray[np.float64],
+    reference: int,
+) -> int:
+    """`weighted_sum` over a span."""
+    bad = 0
+    for at in range(0, n, step):
+        m = min(step, n - at)
+        bad |= fill(rows, at, m)
+        to = out[at * WIDTHS[out_code] :]
+        bad |= weighted_sum(rows.raw, rows.codes, m, coefficients, divisor, to, out_code, drift, reference)
+        if bad:
+            break
+    return bad
+
+
+@kernel
+def span_of_deltas(
+    rows: Rows,
+    n: int,
+    step: int,
+    coefficients: Float32,
+    divisor: np.float32,
+    scale: np.float32,
+    out: Bytes,
+    out_code: int,
+    drift: npt.NDArray[np.float64],
+) -> int:
+    """`weighted_deltas` over a span."""
+    bad = 0
+    for at in range(0, n, step):
+        m = min(step, n - at)
+        bad |= fill(rows, at, m)
+        to = out[at * WIDTHS[out_code] :]
+        bad |= weighted_deltas(rows.raw, rows.codes, m, coefficients, divisor, scale, to, out_code, drift)
+        if bad:
+            break
     return bad

@@ -1,16 +1,15 @@
 """Arcee Fusion: take the model's value where the change is important, the base's elsewhere."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from solera_merge.block import Block, Float32, Formula, Tensor
 from solera_merge.selection import order_statistics
 
-__all__ = ["arcee_fusion"]
-
-Float64 = npt.NDArray[np.float64]
+__all__ = ["arcee_fusion", "held_divergences", "threshold_of"]
 
 
 def arcee_fusion(tensor: Tensor, /) -> Formula:
@@ -42,9 +41,7 @@ def arcee_fusion(tensor: Tensor, /) -> Formula:
     def passes() -> Iterator[Float32]:
         return (importance(block) for block in tensor.blocks("rows"))
 
-    last = max(tensor.size - 1, 0)
-    low, median, high = order_statistics(passes, [last // 4, last // 2, 3 * last // 4])
-    threshold = np.float32(median + 1.5 * (high - low))
+    threshold = threshold_of(passes, tensor.size)
 
     def formula(block: Block) -> Float32:
         assert block.base is not None
@@ -53,21 +50,27 @@ def arcee_fusion(tensor: Tensor, /) -> Formula:
     return formula
 
 
+def held_divergences(shape: tuple[int, ...], _parameters: Mapping[str, Any]) -> int:
+    """Bytes: one float32 a row."""
+    return 4 * math.prod(shape[:-1])
+
+
+def threshold_of(passes: Callable[[], Iterator[Float32]], size: int) -> np.float32:
+    """Median + 1.5 times the distance of the quartiles of what every pass yields, `size` numbers of at least 0."""
+    last = max(size - 1, 0)
+    low, median, high = order_statistics(passes, [last // 4, last // 2, 3 * last // 4])
+    return np.float32(median + 1.5 * (high - low))
+
+
 def _rows(block: Block, width: int) -> slice:
     return slice(block.start // width, block.start // width + block.models[0].size // width)
 
 
 def _divergence(block: Block, width: int) -> Float32:
-    """KL(softmax W_1 || softmax W_0) of every row, [rows]; not below 0, which only rounding could make it."""
+    """KL(softmax W_1 || softmax W_0) of every row, [rows]."""
+    from solera_merge.kernels.fusion import row_divergences
+
     assert block.base is not None
-    log_p = _log_softmax(block.models[0], width)
-    log_q = _log_softmax(block.base, width)
-    divergence: Float64 = np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
-    return np.maximum(divergence, 0.0).astype(np.float32)
-
-
-def _log_softmax(x: Float32, width: int) -> Float64:
-    rows: Float64 = x.astype(np.float64).reshape(-1, width)
-    rows -= np.max(rows, axis=1, keepdims=True)
-    rows -= np.log(np.sum(np.exp(rows), axis=1, keepdims=True))
-    return rows
+    out = np.empty(block.base.size // width, np.float32)
+    row_divergences(np.ascontiguousarray(block.models[0]), np.ascontiguousarray(block.base), width, out)
+    return out

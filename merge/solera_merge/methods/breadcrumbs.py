@@ -1,16 +1,17 @@
 """Model Breadcrumbs: drop the largest and the small changes, then add up the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from solera_merge.block import Formula, Tensor
 from solera_merge.methods.signature import Finite, Fraction, PerModel
 from solera_merge.scope import Scope
 from solera_merge.selection import Kept, middle_deltas
 from solera_merge.signs import weighted_sum
-from solera_merge.task_vectors import keep, on_base
+from solera_merge.task_vectors import keep, keep_norm, on_base
 
-__all__ = ["breadcrumbs"]
+__all__ = ["breadcrumbs", "held_inner_search"]
 
 
 def breadcrumbs(
@@ -22,6 +23,7 @@ def breadcrumbs(
     density: PerModel[Fraction] = (1.0,),
     gamma: PerModel[Fraction] = (0.01,),
     normalize: bool = False,
+    rescale: bool = False,
     lambda_: Finite = 1.0,
     scope: Scope = "tensor",
     int8_mask: bool = False,
@@ -45,6 +47,7 @@ def breadcrumbs(
         density: share of the task vector that is kept.
         gamma: share of the task vector, its largest elements, that is dropped.
         normalize: divide the sum by sum_i w_i.
+        rescale: multiply what is kept of a task vector so that it has the L1 norm of the whole, tensor by tensor.
         lambda_: scale of the merged task vector.
         scope: `tensor`: shares of every tensor; `model`: of the whole model, by one pair of thresholds.
         int8_mask: accepted because mergekit recipes carry it; no mask is stored here, so it changes nothing.
@@ -55,4 +58,10 @@ def breadcrumbs(
     del int8_mask
     assert (of_model is not None) == (scope == "model")
     kept = middle_deltas(tensor, density, gamma) if of_model is None else of_model
-    return on_base(keep(kept), partial(weighted_sum, weight=weight, normalize=normalize, scale=lambda_))
+    factors = keep_norm(tensor, kept) if rescale else None
+    return on_base(keep(kept, factors), partial(weighted_sum, weight=weight, normalize=normalize, scale=lambda_))
+
+
+def held_inner_search(_shape: tuple[int, ...], parameters: Mapping[str, Any]) -> int:
+    """Bytes: a second search a model, for the elements that are left out."""
+    return (3 << 20) * len(parameters["density"])

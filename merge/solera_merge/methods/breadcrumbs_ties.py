@@ -8,7 +8,7 @@ from solera_merge.methods.signature import Finite, Fraction, PerModel
 from solera_merge.scope import Scope
 from solera_merge.selection import Kept, middle_deltas
 from solera_merge.signs import disjoint_merge
-from solera_merge.task_vectors import keep, on_base
+from solera_merge.task_vectors import keep, keep_norm, on_base
 
 __all__ = ["breadcrumbs_ties"]
 
@@ -22,6 +22,7 @@ def breadcrumbs_ties(
     density: PerModel[Fraction] = (1.0,),
     gamma: PerModel[Fraction] = (0.01,),
     normalize: bool = False,
+    rescale: bool = False,
     lambda_: Finite = 1.0,
     scope: Scope = "tensor",
     int8_mask: bool = False,
@@ -39,6 +40,7 @@ def breadcrumbs_ties(
         density: share of the task vector that is kept.
         gamma: share of the task vector, its largest elements, that is dropped.
         normalize: divide by the weights of the agreeing models; without it a plain sum.
+        rescale: multiply what is kept of a task vector so that it has the L1 norm of the whole, tensor by tensor.
         lambda_: scale of the merged task vector.
         scope: `tensor`: shares of every tensor; `model`: of the whole model, by one pair of thresholds.
         int8_mask: accepted because mergekit recipes carry it; no mask is stored here, so it changes nothing.
@@ -49,4 +51,5 @@ def breadcrumbs_ties(
     del int8_mask
     assert (of_model is not None) == (scope == "model")
     kept = middle_deltas(tensor, density, gamma) if of_model is None else of_model
-    return on_base(keep(kept), partial(disjoint_merge, weight=weight, normalize=normalize, scale=lambda_))
+    factors = keep_norm(tensor, kept) if rescale else None
+    return on_base(keep(kept, factors), partial(disjoint_merge, weight=weight, normalize=normalize, scale=lambda_))

@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from solera_merge.block import Formula, Tensor, Unit
-from solera_merge.methods.arcee_fusion import arcee_fusion
-from solera_merge.methods.breadcrumbs import breadcrumbs
+from solera_merge.methods.arcee_fusion import arcee_fusion, held_divergences
+from solera_merge.methods.breadcrumbs import breadcrumbs, held_inner_search
 from solera_merge.methods.breadcrumbs_ties import breadcrumbs_ties
 from solera_merge.methods.consensus_ta import consensus_ta
 from solera_merge.methods.dare_linear import dare_linear
@@ -22,7 +22,7 @@ from solera_merge.methods.magmax import magmax
 from solera_merge.methods.model_stock import model_stock
 from solera_merge.methods.multislerp import multislerp
 from solera_merge.methods.nearswap import nearswap
-from solera_merge.methods.nuslerp import nuslerp
+from solera_merge.methods.nuslerp import held_along_first, nuslerp
 from solera_merge.methods.passthrough import passthrough
 from solera_merge.methods.ram import count_model, ram, ramplus, ramplus_tl
 from solera_merge.methods.sce import sce
@@ -31,7 +31,8 @@ from solera_merge.methods.slerp import slerp
 from solera_merge.methods.task_arithmetic import task_arithmetic
 from solera_merge.methods.ties import ties
 from solera_merge.methods.tsv_m import tsv_m
-from solera_merge.scope import survey
+from solera_merge.scope import check_rescale, survey
+from solera_merge.selection import Each
 from solera_merge.singular import unit_of
 
 __all__ = ["METHODS", "Method"]
@@ -52,8 +53,9 @@ class Method:
         unit: what the formula must see in one block; see `solera_merge.block.Unit`. A function where it depends on the
             tensor: (name, shape) -> unit.
         normalizes: the weights are divided by their sum always, not only when `normalize` says so.
-        survey: for quantities over all tensors of the model: (every tensor, the parameters of each) -> for every
-            tensor what `function` gets as second argument. None: the method needs no such thing.
+        survey: for quantities over all tensors of the model: (every tensor, the parameters of each, how to go over
+            them) -> for every tensor what `function` gets as second argument. None: the method needs no such thing.
+        held: (shape, parameters) -> bytes that the method holds besides blocks and one search a model.
         check: raises ValueError where the resolved parameters of a tensor, each valid, are impossible together.
     """
 
@@ -65,7 +67,8 @@ class Method:
     fewest_models: int = 1
     unit: Unit | Callable[[str, tuple[int, ...]], Unit] = "elements"
     normalizes: bool = False
-    survey: Callable[[Sequence[Tensor], Sequence[Mapping[str, Any]]], Sequence[Any]] | None = None
+    survey: Callable[[Sequence[Tensor], Sequence[Mapping[str, Any]], Each], Sequence[Any]] | None = None
+    held: Callable[[tuple[int, ...], Mapping[str, Any]], int] = lambda _shape, _parameters: 0
     check: Callable[[Mapping[str, Any]], None] | None = None
 
     @cached_property
@@ -86,15 +89,25 @@ _ALL = (
     Method("linear", linear, "unused", None, "arXiv 2203.05482"),
     Method("slerp", slerp, "required", 1, "Shoemake 1985"),
     Method("task_arithmetic", task_arithmetic, "required", None, "arXiv 2212.04089"),
-    Method("ties", ties, "required", None, "arXiv 2306.01708", survey=survey),
+    Method("ties", ties, "required", None, "arXiv 2306.01708", survey=survey, check=check_rescale),
     Method("dare_ties", dare_ties, "required", None, "arXiv 2311.03099"),
     Method("passthrough", passthrough, "unused", 1, "a copy"),
-    Method("nuslerp", nuslerp, "optional", 2, "Shoemake 1985", fewest_models=2, unit="rows", normalizes=True),
+    Method(
+        "nuslerp",
+        nuslerp,
+        "optional",
+        2,
+        "Shoemake 1985",
+        fewest_models=2,
+        unit="rows",
+        normalizes=True,
+        held=held_along_first,
+    ),
     Method("multislerp", multislerp, "optional", None, "goddard.blog/posts/multislerp-wow-what-a-cool-idea"),
     Method("karcher", karcher, "unused", None, "arXiv 2603.04972", normalizes=True),
     Method("model_stock", model_stock, "required", None, "arXiv 2403.19522", fewest_models=2, unit="rows"),
     Method("nearswap", nearswap, "required", 1, "huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001"),
-    Method("arcee_fusion", arcee_fusion, "required", 1, "arcee.ai", unit="rows"),
+    Method("arcee_fusion", arcee_fusion, "required", 1, "arcee.ai", unit="rows", held=held_divergences),
     Method("magmax", magmax, "required", None, "arXiv 2407.06322"),
     Method("ram", ram, "required", None, "arXiv 2601.13572"),
     Method("ramplus_tl", ramplus_tl, "required", None, "arXiv 2601.13572"),
@@ -104,8 +117,26 @@ _ALL = (
     Method("iso_c", iso_c, "required", None, "arXiv 2502.04959", unit=unit_of),
     Method("iso_cts", iso_cts, "required", None, "arXiv 2502.04959", unit=unit_of),
     Method("dare_linear", dare_linear, "required", None, "arXiv 2311.03099"),
-    Method("breadcrumbs", breadcrumbs, "required", None, "arXiv 2312.06795", survey=survey),
-    Method("breadcrumbs_ties", breadcrumbs_ties, "required", None, "arXiv 2312.06795", survey=survey),
+    Method(
+        "breadcrumbs",
+        breadcrumbs,
+        "required",
+        None,
+        "arXiv 2312.06795",
+        survey=survey,
+        held=held_inner_search,
+        check=check_rescale,
+    ),
+    Method(
+        "breadcrumbs_ties",
+        breadcrumbs_ties,
+        "required",
+        None,
+        "arXiv 2312.06795",
+        survey=survey,
+        held=held_inner_search,
+        check=check_rescale,
+    ),
     Method("della", della, "required", None, "arXiv 2406.11617", unit="rows", check=check_della),
     Method("della_linear", della_linear, "required", None, "arXiv 2406.11617", unit="rows", check=check_della),
     Method("sce", sce, "required", None, "arXiv 2408.07990", fewest_models=2),

@@ -11,7 +11,7 @@ from solera_merge.combination import combine, inner
 from solera_merge.methods.signature import PerModel
 from solera_merge.reduction import gram
 
-__all__ = ["karcher"]
+__all__ = ["coefficients", "karcher"]
 
 NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Steps = Annotated[int, Field(ge=0)]
@@ -52,15 +52,15 @@ def karcher(
     Returns:
         The formula of a block: N models [n] -> [n].
     """
-    coefficients = _coefficients(gram(tensor), weight, max_iter, tol)
+    factors = coefficients(gram(tensor), weight, max_iter, tol)
 
     def formula(block: Block) -> Float32:
-        return combine(block, coefficients)
+        return combine(block, factors)
 
     return formula
 
 
-def _coefficients(
+def coefficients(
     products: Sequence[Sequence[float]], weight: Sequence[float], max_iter: int, tol: float
 ) -> list[float]:
     """Of the models in the result: N numbers."""

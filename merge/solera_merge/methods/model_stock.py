@@ -11,7 +11,7 @@ from solera_merge.block import Block, Float32, Formula, Tensor
 from solera_merge.reduction import gram
 from solera_merge.signs import total
 
-__all__ = ["model_stock"]
+__all__ = ["model_stock", "ratio"]
 
 
 def model_stock(tensor: Tensor, /, *, filter_wise: bool = False) -> Formula:
@@ -37,14 +37,18 @@ def model_stock(tensor: Tensor, /, *, filter_wise: bool = False) -> Formula:
     """
     if filter_wise:
         return _filter_wise(max(tensor.shape[-1] if tensor.shape else 1, 1))
-    products = gram(tensor)
+    t = ratio(gram(tensor))
+    return lambda block: _towards_mean(block, block.deltas, t)
+
+
+def ratio(products: Sequence[Sequence[float]]) -> Float32:
+    """The interpolation ratio t, 0 to 1, from the inner products of the task vectors [N][N]."""
     norms = [math.sqrt(products[i][i]) for i in range(len(products))]
     cosines = [
         products[i][j] / norms[i] / norms[j] if norms[i] > 0 and norms[j] > 0 else 0.0
         for i, j in combinations(range(len(products)), 2)
     ]
-    t = _ratio(np.asarray(math.fsum(cosines) / len(cosines)), len(products))
-    return lambda block: _towards_mean(block, block.deltas, t)
+    return _ratio(np.asarray(math.fsum(cosines) / len(cosines)), len(products))
 
 
 def _filter_wise(width: int) -> Formula:

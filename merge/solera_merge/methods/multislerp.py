@@ -8,7 +8,7 @@ from solera_merge.combination import combine, inner
 from solera_merge.methods.signature import Finite, PerModel
 from solera_merge.reduction import gram
 
-__all__ = ["multislerp"]
+__all__ = ["coefficients", "multislerp"]
 
 _CANCELLED = 1e-6  # a shorter sum of unit vectors has no direction that float32 could give
 
@@ -44,15 +44,16 @@ def multislerp(
         The formula of a block: N models [n], perhaps a base [n] -> [n].
     """
     divisor = math.fsum(weight) if normalize_weights else 1.0
-    coefficients = _coefficients(gram(tensor), [w / divisor for w in weight], eps)
+    factors = coefficients(gram(tensor), [w / divisor for w in weight], eps)
 
     def formula(block: Block) -> Float32:
-        return combine(block, coefficients)
+        return combine(block, factors)
 
     return formula
 
 
-def _coefficients(products: Sequence[Sequence[float]], weight: Sequence[float], eps: float) -> list[float]:
+def coefficients(products: Sequence[Sequence[float]], weight: Sequence[float], eps: float) -> list[float]:
+    """Of the models in the result, from their inner products: N numbers."""
     norms = [math.sqrt(products[i][i]) for i in range(len(weight))]
     mean = [w / norm if norm > eps else 0.0 for w, norm in zip(weight, norms, strict=True)]
     length = math.sqrt(max(inner(products, mean, mean), 0.0))

@@ -1,5 +1,9 @@
 """Spherical linear interpolation between two models, or between their task vectors, without a threshold."""
 
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -8,7 +12,7 @@ from solera_merge.combination import combine
 from solera_merge.methods.signature import Finite, PerModel
 from solera_merge.reduction import gram
 
-__all__ = ["nuslerp"]
+__all__ = ["coefficients", "held_along_first", "nuslerp"]
 
 Float64 = npt.NDArray[np.float64]
 
@@ -41,7 +45,7 @@ def nuslerp(
 
     Args:
         tensor: two models, perhaps a base; read once more for the norms, except for rows. Along the first axis
-            24 bytes are held for every element of size / shape[0].
+            80 bytes are held for every element of size / shape[0].
         weight: w_i; a weight of 0 gives the other model, values of opposite sign extrapolate.
         nuslerp_row_wise: vectors along the first axis; without effect if nuslerp_flatten.
         nuslerp_flatten: the whole tensor is one vector.
@@ -55,10 +59,22 @@ def nuslerp(
     return _along_first(tensor, t) if nuslerp_row_wise else _along_last(tensor.shape[-1], t)
 
 
+def held_along_first(shape: tuple[int, ...], parameters: Mapping[str, Any]) -> int:
+    """Bytes: sums, and what the coefficients are computed with (measured: 75 a vector)."""
+    if parameters["nuslerp_flatten"] or not parameters["nuslerp_row_wise"] or len(shape) < 2:
+        return 0
+    return 80 * math.prod(shape[1:])
+
+
 def _whole(tensor: Tensor, t: float) -> Formula:
-    (aa, ab), (_, bb) = gram(tensor)
-    coefficients = [float(c) for c in _coefficients(t, np.asarray(aa), np.asarray(bb), np.asarray(ab))]
-    return lambda block: combine(block, coefficients)
+    factors = coefficients(gram(tensor), t)
+    return lambda block: combine(block, factors)
+
+
+def coefficients(products: Sequence[Sequence[float]], t: float) -> list[float]:
+    """Of the two models in the result, from their inner products [2][2]."""
+    (aa, ab), (_, bb) = products
+    return [float(c) for c in _coefficients(t, np.asarray(aa), np.asarray(bb), np.asarray(ab))]
 
 
 def _along_last(width: int, t: float) -> Formula:

@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from solera_merge.block import Block, Float32, Formula, Tensor
 from solera_merge.methods.signature import Finite, NonNegative
+from solera_merge.selection import Each, one_after_another
 from solera_merge.signs import total
 
-__all__ = ["count_model", "ram", "ramplus", "ramplus_tl"]
+__all__ = ["count_model", "ram", "ramplus", "ramplus_tl", "scales"]
 
 Counts: TypeAlias = Sequence[tuple[int, int]]  # a model: elements that it changes with others, and alone
 
@@ -52,7 +53,7 @@ def ramplus_tl(tensor: Tensor, /, *, r: Finite = 0.1, alpha: NonNegative = 0.2, 
     Returns:
         The formula of a block: base [n], N models [n] -> [n].
     """
-    return _selective(epsilon, _scales(_count_tensor(tensor, epsilon), r, alpha))
+    return _selective(epsilon, scales(_count_tensor(tensor, epsilon), r, alpha))
 
 
 def ramplus(
@@ -76,19 +77,27 @@ def ramplus(
     Returns:
         The formula of a block: base [n], N models [n] -> [n].
     """
-    return _selective(epsilon, _scales(counts, r, alpha))
+    return _selective(epsilon, scales(counts, r, alpha))
 
 
-def count_model(tensors: Sequence[Tensor], parameters: Sequence[Mapping[str, Any]]) -> list[Counts]:
+def count_model(
+    tensors: Sequence[Tensor], parameters: Sequence[Mapping[str, Any]], each: Each = one_after_another
+) -> list[Counts]:
     """For every tensor the (shared, alone) counts of its models, over all tensors of the merge.
 
     Args:
         tensors: all that `ramplus` merges.
         parameters: of each; only `epsilon` is used.
+        each: how to go over the tensors.
     """
+    found: list[Counts] = [()] * len(tensors)
+
+    def count(i: int) -> None:
+        found[i] = _count_tensor(tensors[i], parameters[i]["epsilon"])
+
+    each(count, range(len(tensors)))
     sums: dict[int, tuple[int, int]] = {}
-    for tensor, values in zip(tensors, parameters, strict=True):
-        counts = _count_tensor(tensor, values["epsilon"])
+    for tensor, counts in zip(tensors, found, strict=True):
         for model, (shared, alone) in zip(tensor.model_ids, counts, strict=True):
             before = sums.get(model, (0, 0))
             sums[model] = (before[0] + shared, before[1] + alone)
@@ -111,7 +120,8 @@ def _changes(deltas: Sequence[Float32], epsilon: float) -> tuple[list[npt.NDArra
     return changed, total([mask.astype(np.float32) for mask in changed])
 
 
-def _scales(counts: Counts, r: float, alpha: float) -> list[float]:
+def scales(counts: Counts, r: float, alpha: float) -> list[float]:
+    """What the changes of a single model are multiplied by: 1 + r min(shared / alone, alpha), a model."""
     ratios = [shared / alone if alone else math.inf if shared else 0.0 for shared, alone in counts]
     return [1 + r * min(ratio, alpha) for ratio in ratios]
 

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from solera_merge.selection import KEEP_ALL, Ranked, cuts
 from solera_merge.signs import elect_sign, sum_of_agreeing
 from solera_merge.task_vectors import Sparsify, on_base
 
-__all__ = ["sce"]
+__all__ = ["count_selected", "sce", "shares"]
 
 
 def sce(tensor: Tensor, /, *, select_topk: Fraction = 1.0, int8_mask: bool = False) -> Formula:
@@ -43,8 +44,7 @@ def sce(tensor: Tensor, /, *, select_topk: Fraction = 1.0, int8_mask: bool = Fal
     del int8_mask
     select = _select(tensor, select_topk)
     squares = sums_of_squares(tensor, select)
-    whole = sum(squares) or 1.0  # nothing changed: all terms are 0, whatever the weights
-    weight = [s / whole for s in squares]
+    weight = shares(squares)
 
     def combine(deltas: Sequence[Float32]) -> Float32:
         plus = elect_sign(deltas)
@@ -54,24 +54,35 @@ def sce(tensor: Tensor, /, *, select_topk: Fraction = 1.0, int8_mask: bool = Fal
     return on_base(select, combine)
 
 
+def shares(squares: Sequence[float]) -> list[float]:
+    """The weights w_i of the models."""
+    whole = sum(squares) or 1.0  # nothing changed: all terms are 0, whatever the weights
+    return [s / whole for s in squares]
+
+
+def count_selected(share: float, differing: int) -> int:
+    """How many of the elements about which the models differ are kept."""
+    return max(1, int(share * differing)) if share > 0 and differing > 0 else 0
+
+
 def _select(tensor: Tensor, share: float) -> Sparsify:
     """The task vectors, of which only the elements of largest variance are left."""
-    whole = Ranked((0,), lambda nonzero: max(1, int(share * nonzero)) if share > 0 and nonzero > 0 else 0)
-    cut = KEEP_ALL if share >= 1 else cuts([tensor], [whole], lambda block, _: _variance(block.deltas))[0][0]
+    whole = Ranked((0,), partial(count_selected, share))
+    cut = KEEP_ALL if share >= 1 else cuts([tensor], [whole], lambda block, _: _spread(block.deltas))[0][0]
 
     def select(block: Block) -> list[Float32]:
         deltas = block.deltas
         if cut is KEEP_ALL:
             return deltas
-        mask = cut.keeps(_variance(deltas), block.start)
+        mask = cut.keeps(_spread(deltas), block.start)
         return [delta * mask for delta in deltas]
 
     return select
 
 
-def _variance(deltas: Sequence[Float32]) -> Float32:
-    """Over the models, [n] float32; computed in fp64, so that it is 0 just where all are equal."""
+def _spread(deltas: Sequence[Float32]) -> Float32:
+    """N times the variance over the N models, [n] float32; computed in fp64: 0 just where all are equal."""
     wide = [delta.astype(np.float64) for delta in deltas]
     mean = sum(wide) / len(wide)
     squares = [(delta - mean) ** 2 for delta in wide]
-    return np.asarray(sum(squares) / len(wide), np.float32)
+    return np.asarray(sum(squares), np.float32)

@@ -8,7 +8,7 @@ from solera_merge.methods.signature import Finite, Fraction, PerModel
 from solera_merge.scope import Scope
 from solera_merge.selection import Kept, largest_deltas
 from solera_merge.signs import disjoint_merge
-from solera_merge.task_vectors import keep, on_base
+from solera_merge.task_vectors import keep, keep_norm, on_base
 
 __all__ = ["ties"]
 
@@ -21,6 +21,7 @@ def ties(
     weight: PerModel[Finite],
     density: PerModel[Fraction] = (1.0,),
     normalize: bool = True,
+    rescale: bool = False,
     lambda_: Finite = 1.0,
     scope: Scope = "tensor",
     int8_mask: bool = False,
@@ -35,6 +36,7 @@ def ties(
     The paper trims over the whole model: `scope: model`. mergekit trims every tensor by itself, the default here too.
     mergekit divides by sum w_i, not sum |w_i|: the same for positive weights, but with mixed signs the divisor can
     almost vanish (weights 1 and -0.99 and deltas of 0.01 give a merged delta of 1.99 there, 0.01 here).
+    `rescale` is mergekit's; the paper has no such step.
 
     Args:
         tensor: base and models; read up to three times where a density is below 1 and the scope is the tensor.
@@ -42,6 +44,7 @@ def ties(
         weight: w_i.
         density: share of the task vector that is kept.
         normalize: divide by the weights of the agreeing models; without it a plain sum.
+        rescale: multiply what is kept of a task vector so that it has the L1 norm of the whole, tensor by tensor.
         lambda_: scale of the merged task vector.
         scope: `tensor`: keep that share of every tensor; `model`: of the whole model, by one threshold.
         int8_mask: accepted because mergekit recipes carry it; no mask is stored here, so it changes nothing.
@@ -52,4 +55,5 @@ def ties(
     del int8_mask
     assert (of_model is not None) == (scope == "model")
     kept = largest_deltas(tensor, density) if of_model is None else of_model
-    return on_base(keep(kept), partial(disjoint_merge, weight=weight, normalize=normalize, scale=lambda_))
+    factors = keep_norm(tensor, kept) if rescale else None
+    return on_base(keep(kept, factors), partial(disjoint_merge, weight=weight, normalize=normalize, scale=lambda_))

@@ -1,4 +1,4 @@
-"""The `moe` stage: dense specialists in, one Mixtral checkpoint out, proven before it appears.
+"""The `moe` stage: dense specialists in, one MoE checkpoint out, proven before it appears.
 
 open_inputs -> write_moe -> check_output -> check_identity -> fit_routers -> tune_routers -> solera.json -> rename
 """
@@ -8,11 +8,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
 from solera_core.data import data_path
+from solera_core.digest import tensor_digest
 from solera_core.errors import ConfigError
 from solera_core.output import InputRecord, check_output, data_record, input_record, write_provenance
 from solera_core.plan import Plan
@@ -20,12 +23,13 @@ from solera_core.staging import check_apart, check_target, require_disk, staged
 from solera_core.writer import layout
 from solera_merge.moe.calibration import Domain, read_domains
 from solera_merge.moe.config import MoeConfig
-from solera_merge.moe.dense import FFN, Dense, dense_shapes
+from solera_merge.moe.dense import Dense, dense_shapes, is_ffn
 from solera_merge.moe.fit import encode_domains, fit_routers, needs_trunk_copy, random_routers, tune_routers
 from solera_merge.moe.identity import Identity, check_identity, checked_parameters
 from solera_merge.moe.inputs import Inputs, open_inputs
-from solera_merge.moe.mixtral import pieces
-from solera_merge.moe.write import moe_specs, write_moe
+from solera_merge.moe.prompts import PROMPT_FITS, prompt_routers
+from solera_merge.moe.targets.target import Piece
+from solera_merge.moe.write import moe_specs, replace_routers, write_moe
 
 __all__ = ["build_moe", "plan_moe"]
 
@@ -95,8 +99,13 @@ def _open(config: MoeConfig, ctx: Context) -> tuple[Inputs, list[Domain], list[s
             seed=ctx.seed,
         )
         warnings += found
-    trunk = inputs.trunk.checkpoint
-    unused = [info.nbytes for name, info in trunk.tensors.items() if not name.endswith(FFN)]
+    if router.fit in PROMPT_FITS:
+        warnings.append(
+            f"router.fit: {router.fit}: a router made of a few prompts knows little of the domains; text of every "
+            "domain and fit: ridge route far better"
+        )
+    trunk = inputs.trunk.stored
+    unused = [info.nbytes for name, info in trunk.tensors.items() if not is_ffn(name)]
     share = sum(unused) / sum(info.nbytes for info in trunk.tensors.values())
     warnings.append(
         f"of every expert only the feed-forward networks are used; its other {len(unused)} tensors ({share:.0%} of its "
@@ -108,14 +117,17 @@ def _open(config: MoeConfig, ctx: Context) -> tuple[Inputs, list[Domain], list[s
 
 def _plan(config: MoeConfig, inputs: Inputs, domains: Sequence[Domain], warnings: Sequence[str]) -> Plan:
     trunk, experts = inputs.trunk, len(inputs.experts)
-    specs = moe_specs(trunk, experts=experts, width=inputs.width, dtype=config.dtype)
+    specs = moe_specs(inputs.target, trunk, experts=experts, width=inputs.width, dtype=config.dtype)
     total = sum(spec.size for spec in specs)
-    in_experts = sum(spec.size for spec in specs if ".experts." in spec.name)
+    pieces = inputs.target.pieces(trunk.fields, experts=experts, width=inputs.width)
+    in_experts = sum(math.prod(piece.block) for piece in pieces if piece.expert is not None)
+    dtypes = {spec.name: spec.dtype for spec in specs}
     output_bytes = sum(spec.nbytes for spec in specs)
     dense = sum(
         math.prod(shape) for shape in dense_shapes({**trunk.fields, "intermediate_size": inputs.width}).values()
     )
     ridge = config.router.fit == "ridge"
+    runs_trunk = ridge or config.router.fit in PROMPT_FITS
     grams = trunk.layers * int(trunk.fields["hidden_size"]) ** 2 * 8
     checked = checked_parameters(inputs)
     return Plan(
@@ -137,50 +149,57 @@ def _plan(config: MoeConfig, inputs: Inputs, domains: Sequence[Domain], warnings
         writes=[{"what": shard.file, "bytes": shard.nbytes} for shard in layout(specs)],
         # float32 models: the identity check holds a MoE of some layers and three dense ones; the fit one dense model
         # and its Gram matrices; the temperature search the whole MoE.
-        memory_bytes=max(checked * 10, 4 * dense + 2 * grams if ridge else 0, 4 * total if ridge else 0) + (1 << 28),
-        disk_bytes=output_bytes + max(checked * 12, 4 * dense if ridge and needs_trunk_copy(inputs) else 0),
+        memory_bytes=max(checked * 10, (4 * dense + 2 * grams * ridge) * runs_trunk, 4 * total * ridge) + (1 << 28),
+        disk_bytes=output_bytes + max(checked * 12, 4 * dense if runs_trunk and needs_trunk_copy(inputs) else 0),
         parameters={
             **config.model_dump(mode="json"),
-            "target": "mixtral",
+            "target": inputs.target.name,
+            "engine_matrix": _matrix(inputs),
             "expert_width": inputs.width,
             "parameters_total": total,
             "parameters_active": total - in_experts + in_experts // experts * config.top_k,
         },
         rows=[
             {
-                "tensor": spec.name,
-                "shape": list(spec.shape),
-                "dtype": spec.dtype,
-                "from": "router" if piece.source is None else _giver(inputs, piece.expert),
-                "source": piece.source or config.router.fit,
+                "tensor": piece.name,
+                "shape": list(piece.shape),
+                "dtype": dtypes[piece.name],
+                "from": _giver(inputs, piece),
+                "source": piece.source or ("zeros" if piece.zero else config.router.fit),
             }
-            for spec, piece in zip(specs, pieces(trunk.fields, experts=experts, width=inputs.width), strict=True)
+            for piece in pieces
         ],
         warnings=list(warnings),
     )
 
 
 def _read_of(model: Dense, *, ffn: bool) -> dict[str, Any]:
-    tensors = model.checkpoint.tensors
+    tensors = model.stored.tensors
     return {
         "what": model.name,
-        "path": str(model.checkpoint.path),
+        "path": str(model.stored.path),
         "bytes": sum(info.nbytes for info in tensors.values()),  # all of it, for the digest in solera.json
-        "bytes_used": sum(info.nbytes for name, info in tensors.items() if name.endswith(FFN) == ffn),
-        "ref": model.checkpoint.ref,
+        "bytes_used": sum(info.nbytes for name, info in tensors.items() if is_ffn(name) == ffn),
+        "ref": model.stored.ref,
         "family": model.family,
         "ffn_width": model.width,
     }
 
 
-def _giver(inputs: Inputs, expert: int | None) -> str:
-    return "trunk" if expert is None else inputs.names[expert]
+def _giver(inputs: Inputs, piece: Piece) -> str:
+    if piece.source is None:
+        return "zeros" if piece.zero else "router"
+    return "trunk" if piece.expert is None else inputs.names[piece.expert]
+
+
+def _matrix(inputs: Inputs) -> dict[str, str]:
+    return {v.engine: v.verdict + (f": {v.why}" if v.why else "") for v in inputs.verdicts}
 
 
 def _records(config: MoeConfig, inputs: Inputs, ctx: Context) -> list[InputRecord]:
     models = [("trunk", inputs.trunk), *zip(inputs.names, inputs.experts, strict=True)]
     with ThreadPoolExecutor(ctx.threads or min(os.cpu_count() or 1, 4)) as pool:
-        records = list(pool.map(lambda pair: input_record(pair[1].checkpoint, pair[0]), models))
+        records = list(pool.map(lambda pair: input_record(pair[1].stored, pair[0]), models))
     return records + [
         data_record(f"text of {name}", source, ctx.base_dir)
         for name, sources in config.router.data.items()
@@ -219,6 +238,7 @@ def _build(
     # before the long work. A fitted router takes the place of the random one.
     digests = write_moe(
         staging,
+        inputs.target,
         inputs.trunk,
         inputs.experts,
         random_routers(config, inputs, seed=ctx.seed),
@@ -233,27 +253,42 @@ def _build(
     identity = check_identity(
         staging, staging / ".identity", inputs, top_k=config.top_k, dtype=config.dtype, threads=ctx.threads
     )
-    found = [*_equal_experts(inputs, digests), *_distances(identity)]
+    found = [*_equal_experts(inputs, staging, digests), *_distances(identity)]
     for note in found:
         ctx.progress.note(note)
-    facts: dict[str, Any] = {"fit": "random"}
+    facts: dict[str, Any] = {"fit": config.router.fit}
+    if config.router.fit in PROMPT_FITS:
+        rows, facts = prompt_routers(config, inputs, staging / ".trunk", ctx)
+        digests |= replace_routers(open_checkpoint(staging, Context()), rows)
     if calibration is not None:
         routers = fit_routers(config, inputs, calibration, staging / ".trunk", ctx)
         tuned, facts = tune_routers(staging, routers, config, inputs, calibration, ctx)
         digests |= tuned
-    return checks | {"identity": identity.to_json(), "router": facts, "warnings": [*warnings, *found]}, digests
+    said = {"target": inputs.target.name, "engines": _matrix(inputs)}
+    return checks | said | {"identity": identity.to_json(), "router": facts, "warnings": [*warnings, *found]}, digests
 
 
-def _equal_experts(inputs: Inputs, digests: Mapping[str, str]) -> list[str]:
+def _equal_experts(inputs: Inputs, staging: Path, digests: Mapping[str, str]) -> list[str]:
     """Experts of different models whose feed-forward networks are the same: what was tuned is not in the MoE."""
+    networks: list[list[str]] = [[] for _ in inputs.names]
+    written = open_checkpoint(staging, Context())
+    for piece in inputs.target.pieces(inputs.trunk.fields, experts=len(inputs.names), width=inputs.width):
+        if piece.expert is not None:
+            size = math.prod(piece.block)
+            alone = piece.block == piece.shape  # else all experts lie in one tensor
+            digest = digests[piece.name] if alone else tensor_digest(size, partial(_block_of, written, piece))
+            networks[piece.expert].append(digest)
     seen: dict[tuple[str, ...], str] = {}
     found: list[str] = []
-    for e, name in enumerate(inputs.names):
-        networks = tuple(digest for tensor, digest in digests.items() if f".experts.{e}." in tensor)
-        if networks in seen:
-            found.append(f"experts {seen[networks]!r} and {name!r} have the same feed-forward networks")
-        seen[networks] = name
+    for name, network in zip(inputs.names, map(tuple, networks), strict=True):
+        if network in seen:
+            found.append(f"experts {seen[network]!r} and {name!r} have the same feed-forward networks")
+        seen[network] = name
     return found
+
+
+def _block_of(written: Checkpoint, piece: Piece, start: int, stop: int) -> Any:
+    return written.read_raw(piece.name, piece.at + start, piece.at + stop)
 
 
 def _distances(identity: Identity) -> list[str]:

@@ -14,8 +14,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from solera_core.data import DataSource
 from solera_core.strict import Strict, did_you_mean
+from solera_merge.moe.mergekit import from_mergekit, is_mergekit
 
-__all__ = ["ExpertConfig", "MoeConfig", "RouterConfig"]
+__all__ = ["ExpertConfig", "MoeConfig", "RouterConfig", "prompt_problems"]
 
 
 def _as_list(value: Any) -> Any:
@@ -31,10 +32,18 @@ class ExpertConfig(Strict):
     Attributes:
         name: how data, reports and provenance call it.
         model: a stage, a directory, a hub id, or any of these with `+lora`.
+        prompts: texts that shall find this expert, for routers made of prompts.
+        negative_prompts: texts that shall not.
+        residual_scale: its feed-forward networks' output is multiplied by this.
+        noise_scale: standard deviation of noise on every weight of its feed-forward networks.
     """
 
     name: str = Field(min_length=1)
     model: str = Field(min_length=1)
+    prompts: tuple[str, ...] = ()
+    negative_prompts: tuple[str, ...] = ()
+    residual_scale: float = Field(default=1.0, allow_inf_nan=False)
+    noise_scale: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
 class RouterConfig(Strict):
@@ -42,7 +51,8 @@ class RouterConfig(Strict):
 
     Attributes:
         fit: `ridge` solves for it in closed form from text of every expert's domain; `random` draws it as Mixtral
-            initialises its own, for people who will train it.
+            initialises its own, for people who will train it. `prompts`: from the experts' `prompts`. `mergekit_...`:
+            as mergekit-moe's gate modes make it, for comparison.
         data: expert name -> text of its domain. Needed by `ridge`; refused by `random`, which would not use it.
         tokens_per_domain: tokens of every domain that go into the fit, besides those held out.
         holdout: share of the calibration documents that the fit never sees; the temperature is chosen on them, and
@@ -53,7 +63,16 @@ class RouterConfig(Strict):
         sequence_tokens: calibration text is cut into sequences of this length (at most the trunk's positions).
     """
 
-    fit: Literal["ridge", "random"] = "ridge"
+    fit: Literal[
+        "ridge",
+        "random",
+        "prompts",
+        "mergekit_hidden",
+        "mergekit_hidden_avg",
+        "mergekit_cheap_embed",
+        "mergekit_random",
+        "mergekit_uniform_random",
+    ] = "ridge"
     data: dict[str, Sources] = Field(default_factory=dict[str, tuple[DataSource, ...]])
     tokens_per_domain: int = Field(default=20_000, ge=1)
     holdout: float = Field(default=0.2, gt=0, lt=1)
@@ -63,9 +82,11 @@ class RouterConfig(Strict):
 
 
 class MoeConfig(Strict):
-    """A sparse mixture of experts in Mixtral's format, out of dense specialists of one base.
+    """A sparse mixture of experts, out of dense specialists of one base.
 
     Attributes:
+        target: the format; `auto`: the one that holds the models exactly and that most of `engines` run exactly.
+        engines: that shall run it.
         trunk: the model that attention, norms, embeddings and head are taken from.
         experts: two or more specialists.
         top_k: experts that work on a token.
@@ -77,7 +98,16 @@ class MoeConfig(Strict):
     experts: tuple[ExpertConfig, ...] = Field(min_length=2)
     top_k: int = Field(default=2, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    target: Literal[
+        "auto", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared", "flex_olmo", "olmoe"
+    ] = "auto"
+    engines: tuple[Literal["transformers", "vllm", "llama.cpp"], ...] = ("transformers", "vllm", "llama.cpp")
     router: RouterConfig = Field(default_factory=RouterConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mergekit(cls, settings: Any) -> Any:
+        return from_mergekit(settings) if is_mergekit(settings) else settings
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -85,7 +115,7 @@ class MoeConfig(Strict):
         problems = [
             f"experts: the name {name!r} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1
         ]
-        refs = [expert.model for expert in self.experts]
+        refs = [expert.model for expert in self.experts if expert.noise_scale == 0]
         problems += [
             f"experts: the model {ref!r} is given twice; two equal experts only waste memory"
             for ref in dict.fromkeys(refs)
@@ -103,8 +133,27 @@ class MoeConfig(Strict):
                 f"router.data: no text for {', '.join(missing)}; fit: ridge needs some of every expert's domain "
                 "(or use fit: random and train the router)"
             )
-        if self.router.fit == "random" and self.router.data:
-            problems.append("router.data: fit: random does not use it; remove it or use fit: ridge")
+        if self.router.fit != "ridge" and self.router.data:
+            problems.append(f"router.data: fit: {self.router.fit} does not use it; remove it or use fit: ridge")
+        problems += prompt_problems(self.experts, self.router.fit)
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def prompt_problems(experts: tuple[ExpertConfig, ...], fit: str) -> list[str]:
+    """What is wrong with the experts' prompts for a router made in this way."""
+    problems = [
+        f"experts: {expert.name!r}: a prompt is empty"
+        for expert in experts
+        if any(not prompt.strip() for prompt in (*expert.prompts, *expert.negative_prompts))
+    ]
+    given = {expert.name: (expert.prompts, expert.negative_prompts) for expert in experts}
+    if fit in ("prompts", "mergekit_hidden", "mergekit_hidden_avg", "mergekit_cheap_embed"):
+        if missing := [name for name, (prompts, _) in given.items() if not prompts]:
+            problems.append(f"experts: {', '.join(missing)}: no prompts, and router.fit: {fit} is made of them")
+        elif len(set(given.values())) == 1:
+            problems.append("experts: all have the same prompts, so no router can tell them apart")
+    elif not fit.startswith("mergekit_") and any(prompts or negative for prompts, negative in given.values()):
+        problems.append(f"experts: prompts: router.fit: {fit} does not use them; remove them or use fit: prompts")
+    return problems

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,13 +15,23 @@ from solera_core.errors import DataError
 from solera_merge.moe.calibration import Domain, Sequences, tokenize
 from solera_merge.moe.config import MoeConfig, RouterConfig
 from solera_merge.moe.inputs import Inputs
-from solera_merge.moe.mixtral import ROUTER
-from solera_merge.moe.router import REFINEMENTS, SCALES, random_router, ridge_router, search_scale
+from solera_merge.moe.router import REFINEMENTS, SCALES, random_router, ridge_router, search_scale, uniform_router
 from solera_merge.moe.routing import first_choices, forced_route, mean_nll, set_routers
 from solera_merge.moe.states import router_statistics
 from solera_merge.moe.write import replace_routers, write_dense
 
-__all__ = ["Calibration", "encode_domains", "fit_routers", "needs_trunk_copy", "random_routers", "tune_routers"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "Calibration",
+    "encode_domains",
+    "fit_routers",
+    "load_trunk",
+    "needs_trunk_copy",
+    "random_routers",
+    "tune_routers",
+]
 
 _SOUND_TOKENS = 1000
 """Held-out tokens below which a domain's likelihood says little; a note warns."""
@@ -88,23 +98,37 @@ def encode_domains(domains: Sequence[Domain], inputs: Inputs, config: RouterConf
 
 
 def random_routers(config: MoeConfig, inputs: Inputs, *, seed: int) -> list[np.ndarray]:
-    """One random matrix a layer, as Mixtral initialises its own, over the temperature where a number is given."""
+    """One random matrix a layer, over the temperature where a number is given.
+
+    As Mixtral initialises its own, or as mergekit draws them (N(0, 1); or evenly from +-1 / sqrt(D)).
+    """
     temperature = 1.0 if config.router.temperature == "auto" else config.router.temperature
     shape = (len(inputs.experts), int(inputs.trunk.fields["hidden_size"]))
-    std = float(inputs.trunk.fields["initializer_range"]) / temperature
-    return [
-        random_router(ROUTER.format(layer=layer), shape, std=std, seed=seed) for layer in range(inputs.trunk.layers)
-    ]
+    names = [inputs.target.router.format(layer=layer) for layer in range(inputs.trunk.layers)]
+    if config.router.fit == "mergekit_uniform_random":
+        return [uniform_router(name, shape, bound=shape[1] ** -0.5 / temperature, seed=seed) for name in names]
+    std = 1.0 if config.router.fit == "mergekit_random" else float(inputs.trunk.fields["initializer_range"])
+    return [random_router(name, shape, std=std / temperature, seed=seed) for name in names]
 
 
 def needs_trunk_copy(inputs: Inputs) -> bool:
     """Whether the dense model for the statistics must be written out: the trunk as it lies on disk does not do."""
-    checkpoint = inputs.trunk.checkpoint
-    return (
-        inputs.width != inputs.trunk.width
-        or any(checkpoint.is_derived(name) for name in checkpoint.tensors)
-        or any(info.file.suffix != ".safetensors" for info in checkpoint.tensors.values())
+    checkpoint = inputs.trunk.stored
+    return any(checkpoint.is_derived(name) for name in checkpoint.tensors) or any(
+        info.file.suffix != ".safetensors" for info in checkpoint.tensors.values()
     )
+
+
+def load_trunk(inputs: Inputs, scratch: Path, ctx: Context, *, dtype: str = "float32") -> "PreTrainedModel":
+    """The dense trunk, run by transformers; `scratch` is made and removed where it must be written out for that."""
+    path = inputs.trunk.checkpoint.path
+    if needs_trunk_copy(inputs):
+        path = scratch
+        path.mkdir()
+        write_dense(path, inputs.trunk, inputs.trunk, like=inputs.trunk, dtype=None, threads=ctx.threads)
+    model = load_model(path, dtype=dtype)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return model
 
 
 def fit_routers(
@@ -114,15 +138,7 @@ def fit_routers(
 
     One dense float32 model is in memory, and one D x D float64 matrix a layer.
     """
-    path = inputs.trunk.checkpoint.path
-    if needs_trunk_copy(inputs):
-        path = scratch
-        path.mkdir()
-        write_dense(
-            path, inputs.trunk, inputs.trunk, like=inputs.trunk, width=inputs.width, dtype=None, threads=ctx.threads
-        )
-    model = load_model(path)
-    shutil.rmtree(scratch, ignore_errors=True)
+    model = load_trunk(inputs, scratch, ctx)
     statistics = router_statistics(model, inputs.experts, calibration.fit, progress=ctx.progress)
     return [ridge_router(layer.gram, layer.sums, layer.counts, ridge=config.router.ridge) for layer in statistics]
 
@@ -166,7 +182,7 @@ def tune_routers(
     digests = replace_routers(open_checkpoint(directory, Context()), [scale * router for router in routers])
     written = open_checkpoint(directory, Context())  # anew: an open checkpoint refuses files that have changed
     # Measured with the routers as they are on disk, rounded to their number format.
-    set_routers(model, [written.read(ROUTER.format(layer=layer)) for layer in range(len(routers))])
+    set_routers(model, [written.read(inputs.target.router.format(layer=layer)) for layer in range(len(routers))])
     share: dict[str, list[float]] = {}
     tuned: dict[str, float] = {}
     oracle: dict[str, float] = {}

@@ -23,15 +23,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from solera_core.causal_lm import load_model
+from solera_core.causal_lm import load_model, save_model
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import VerificationError
 from solera_merge.moe.inputs import Inputs
-from solera_merge.moe.mixtral import ROUTER, pieces
 from solera_merge.moe.router import random_router
 from solera_merge.moe.routing import forced_route
-from solera_merge.moe.write import Part, torch_dtype_name, write_dense, write_moe, write_part
+from solera_merge.moe.write import Part, torch_dtype_name, trunk_tensors, write_dense, write_moe, write_part
 
 if TYPE_CHECKING:
     import torch
@@ -141,14 +140,14 @@ def check_identity(
     scratch.mkdir()
     try:
         dense_dir, copies_dir = _new(scratch / "trunk"), _new(scratch / "copies")
-        write_dense(dense_dir, trunk, trunk, like=trunk, width=trunk.width, **options)
+        write_dense(dense_dir, trunk, trunk, like=trunk, **options)
         shape = (len(names), int(trunk.fields["hidden_size"]))
         routers = [
-            random_router(ROUTER.format(layer=i), shape, std=2 / math.sqrt(shape[1]), seed=0)
+            random_router(inputs.target.router.format(layer=i), shape, std=2 / math.sqrt(shape[1]), seed=0)
             for i in range(len(layers))
         ]
         copies = [trunk] * len(names)
-        write_moe(copies_dir, trunk, copies, routers, top_k=top_k, width=trunk.width, **options)
+        write_moe(copies_dir, inputs.target, trunk, copies, routers, top_k=top_k, width=trunk.width, **options)
         dense = load_model(dense_dir)
         identical = _difference(
             _logits(load_model(copies_dir), ids), _logits(dense, ids), f"{len(names)} copies of the trunk as experts"
@@ -159,9 +158,11 @@ def check_identity(
 
         if part is not None:
             write_part(_new(scratch / "built"), open_checkpoint(directory, Context()), part)
-        built = load_model(directory if part is None else scratch / "built")
+        checked = directory if part is None else scratch / "built"
+        built = load_model(checked)
+        _check_keys(built, checked, _new(scratch / "saved"))
         first = inputs.experts[0]
-        write_dense(_new(scratch / "first"), trunk, first, like=trunk, width=first.width, **options)
+        write_dense(_new(scratch / "first"), trunk, first, like=trunk, **options)
         with forced_route(built, 0):
             on_trunk = _difference(
                 _logits(built, ids),
@@ -173,9 +174,9 @@ def check_identity(
         ffn_distance: dict[str, float | None] = {}
         for e, (name, expert) in enumerate(zip(names, inputs.experts, strict=True)):
             place = _new(scratch / "expert")
-            write_dense(place, expert, expert, like=trunk, width=expert.width, **options)
+            write_dense(place, expert, expert, like=trunk, **options)
             specialist = load_model(place)
-            _put_trunk_of(specialist, built)
+            _put_trunk(built, trunk_tensors(inputs.target, expert, trunk, dtype=dtype, part=part))
             with forced_route(built, e):
                 specialists[name] = _difference(
                     _logits(built, ids), _logits(specialist, ids), f"expert {name!r} under its own trunk"
@@ -202,8 +203,9 @@ def check_identity(
 
 
 def _parameters(inputs: Inputs, part: Part) -> int:
-    fields = {**inputs.trunk.fields, **part.config()}
-    return sum(math.prod(p.shape) for p in pieces(fields, experts=len(inputs.experts), width=inputs.width))
+    fields = part.fields(inputs.trunk.fields)
+    pieces = inputs.target.pieces(fields, experts=len(inputs.experts), width=inputs.width)
+    return sum(math.prod(piece.block) for piece in pieces)
 
 
 def _ids(fields: Mapping[str, Any], vocabulary: int) -> "torch.Tensor":
@@ -248,12 +250,18 @@ def _agreement(copies: Path, dense: Path, ids: "torch.Tensor", dtype: str) -> fl
     return _figures(share)
 
 
-def _put_trunk_of(dense: "PreTrainedModel", moe: "PreTrainedModel") -> None:
-    """Copy all that is no feed-forward network from a dense model into a MoE, in memory."""
-    tensors = {name: tensor for name, tensor in dense.state_dict().items() if ".mlp." not in name}
-    result = moe.load_state_dict(tensors, strict=False)
-    assert not result.unexpected_keys
-    assert all(".mlp." in name for name in result.missing_keys)
+def _put_trunk(moe: "PreTrainedModel", tensors: Mapping[str, np.ndarray]) -> None:
+    """Replace all that is no expert and no router, in memory."""
+    import torch
+
+    result = moe.load_state_dict({name: torch.from_numpy(values) for name, values in tensors.items()}, strict=False)
+    assert not result.unexpected_keys, result.unexpected_keys
+
+
+def _check_keys(model: "PreTrainedModel", written: Path, scratch: Path) -> None:
+    """Names and shapes on disk are those that transformers itself writes for this class (VerificationError if not)."""
+    save_model(model, scratch, like=written, dtype="float32", sidecars_from=written)
+    shutil.rmtree(scratch)
 
 
 def _distance(a: "PreTrainedModel", b: "PreTrainedModel", *, ffn: bool) -> float:

@@ -3,12 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from solera_core.checkpoint import open_checkpoint
+from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError, ConfigError
 from solera_core.hub import split_adapter
-from solera_merge.moe.config import MoeConfig
+from solera_merge.moe.altered import altered
+from solera_merge.moe.config import ExpertConfig, MoeConfig
 from solera_merge.moe.dense import Dense, read_dense
+from solera_merge.moe.families import PLAIN
+from solera_merge.moe.targets.choice import choose
+from solera_merge.moe.targets.target import Sizes, Target, Verdict
 from solera_merge.moe.vocabulary import compare_tokenizers
 from solera_merge.vocabulary import check_tokenizer
 
@@ -23,8 +27,9 @@ _SAME = (
     "vocab_size",
     "hidden_act",
     "tie_word_embeddings",
+    *(feature for feature in PLAIN if feature != "sliding_window"),
 )
-"""Must agree between trunk and experts: shapes, and the function of the feed-forward network."""
+"""Must agree between trunk and experts: shapes, and what their layers compute."""
 
 _TRUNKS = ("rope_parameters", "rms_norm_eps", "sliding_window", "eos_token_id")
 """The trunk's is used; an expert that was tuned with another deserves a warning."""
@@ -39,6 +44,8 @@ class Inputs:
         experts: in the order of the recipe.
         names: of the experts.
         width: of the widest expert; narrower ones are padded with zeros, which changes nothing they compute.
+        target: the format that the MoE is written in.
+        verdicts: what every engine makes of it there.
         warnings: what a careful person would want to know.
     """
 
@@ -46,6 +53,8 @@ class Inputs:
     experts: tuple[Dense, ...]
     names: tuple[str, ...]
     width: int
+    target: Target
+    verdicts: tuple[Verdict, ...]
     warnings: tuple[str, ...]
 
 
@@ -57,7 +66,7 @@ def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
         ConfigError: two experts lead to the same files.
     """
     trunk = read_dense("trunk", open_checkpoint(config.trunk, ctx))
-    experts = [read_dense(f"expert {e.name!r}", open_checkpoint(e.model, ctx)) for e in config.experts]
+    experts = [read_dense(f"expert {e.name!r}", _open_expert(e, ctx)) for e in config.experts]
     names = tuple(e.name for e in config.experts)
     check_tokenizer(trunk.checkpoint)
     warnings = _check_distinct(config, trunk, experts, ctx)
@@ -69,12 +78,22 @@ def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
             for field in _TRUNKS
             if expert.fields[field] != trunk.fields[field]
         ]
-    if trunk.fields["hidden_act"] != "silu":
-        warnings.append(
-            f"hidden_act is {trunk.fields['hidden_act']!r}: transformers honours it in a Mixtral, "
-            "other engines assume silu"
-        )
-    return Inputs(trunk, tuple(experts), names, max(expert.width for expert in experts), tuple(warnings))
+    width = max(expert.width for expert in experts)
+    sizes = Sizes(len(experts), config.top_k, width)
+    where = f"trunk: {trunk.config_file}"
+    target, doubts = choose(config.target, config.engines, trunk.fields, sizes, where=where)
+    verdicts = target.verdicts(trunk.fields, sizes)
+    return Inputs(trunk, tuple(experts), names, width, target, tuple(verdicts), (*warnings, *doubts))
+
+
+def _open_expert(expert: ExpertConfig, ctx: Context) -> Checkpoint:
+    return altered(
+        open_checkpoint(expert.model, ctx),
+        residual_scale=expert.residual_scale,
+        noise_scale=expert.noise_scale,
+        seed=ctx.seed,
+        name=expert.name,
+    )
 
 
 def _check_distinct(config: MoeConfig, trunk: Dense, experts: list[Dense], ctx: Context) -> list[str]:
@@ -87,7 +106,7 @@ def _check_distinct(config: MoeConfig, trunk: Dense, experts: list[Dense], ctx: 
     seen: dict[tuple[Path, str], str] = {}
     for expert, model in zip(config.experts, experts, strict=True):
         where = place(expert.model, model)
-        if where in seen:
+        if where in seen and expert.noise_scale == 0:
             raise ConfigError(
                 f"experts: {seen[where]!r} and {expert.name!r} are the same model ({where[0]}); "
                 "two equal experts only waste memory"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["REFINEMENTS", "SCALES", "random_router", "ridge_router", "search_scale"]
+__all__ = ["REFINEMENTS", "SCALES", "random_router", "ridge_router", "search_scale", "uniform_router"]
 
 SCALES = (0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
 """The coarse grid of `search_scale`. A ridge fit predicts 0/1 labels, so its logits differ by about 1 and the mix of
@@ -63,8 +63,17 @@ def random_router(name: str, shape: tuple[int, int], *, std: float, seed: int) -
     Returns:
         (E, D) float32.
     """
+    return (_generator(name, seed).standard_normal(shape) * std).astype(np.float32)
+
+
+def uniform_router(name: str, shape: tuple[int, int], *, bound: float, seed: int) -> np.ndarray:
+    """Router rows drawn evenly from [-bound, bound], keyed as `random_router`'s are; (E, D) float32."""
+    return _generator(name, seed).uniform(-bound, bound, shape).astype(np.float32)
+
+
+def _generator(name: str, seed: int) -> np.random.Generator:
     key = int.from_bytes(hashlib.sha256(f"router:{seed}:{name}".encode()).digest()[:16], "little")
-    return (np.random.Generator(np.random.Philox(key=key)).standard_normal(shape) * std).astype(np.float32)
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 def search_scale(loss: Callable[[float], float], *, refinements: int = REFINEMENTS) -> tuple[float, dict[float, float]]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from solera_merge.moe.calibration import Sequences
-from solera_merge.moe.mixtral import router_module
 from solera_merge.moe.states import batches
+from solera_merge.moe.targets.choice import target_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +54,7 @@ def set_routers(model: "PreTrainedModel", routers: Sequence[np.ndarray]) -> None
 
     with torch.no_grad():
         for layer, router in enumerate(routers):
-            router_module(model, layer).weight.copy_(torch.from_numpy(np.asarray(router, dtype=np.float32)))
+            _router(model, layer).weight.copy_(torch.from_numpy(np.asarray(router, dtype=np.float32)))
 
 
 def mean_nll(model: "PreTrainedModel", sequences: Sequences) -> float:
@@ -76,11 +76,14 @@ def mean_nll(model: "PreTrainedModel", sequences: Sequences) -> float:
     return total / count
 
 
+def _router(model: "PreTrainedModel", layer: int) -> Any:
+    return target_of(model.config.model_type).router_module(model, layer)
+
+
 @contextmanager
 def _hooked(model: "PreTrainedModel", hook_of: Callable[[int], Any]) -> Iterator[None]:
     handles = [
-        router_module(model, layer).register_forward_hook(hook_of(layer))
-        for layer in range(model.config.num_hidden_layers)
+        _router(model, layer).register_forward_hook(hook_of(layer)) for layer in range(model.config.num_hidden_layers)
     ]
     try:
         yield

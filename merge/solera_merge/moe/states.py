@@ -17,14 +17,14 @@ import numpy as np
 from solera_core.errors import CheckpointError
 from solera_core.progress import Progress
 from solera_merge.moe.calibration import Sequences
-from solera_merge.moe.dense import FFN, Dense
-from solera_merge.moe.mixtral import ROUTER_INPUT
+from solera_merge.moe.dense import Dense, is_ffn
+from solera_merge.moe.targets.target import ROUTER_INPUT
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["RouterStatistics", "batches", "router_statistics"]
+__all__ = ["RouterStatistics", "batches", "put_ffn", "router_inputs", "router_statistics"]
 
 _BATCH_TOKENS = 1024
 
@@ -54,7 +54,7 @@ def router_statistics(
     """Run every domain's text through the trunk with its expert's feed-forward networks, and sum what routers read.
 
     Args:
-        model: the trunk, dense and float32, as wide as the widest expert; its feed-forward networks are overwritten.
+        model: the trunk, dense and float32; its feed-forward networks are replaced.
         experts: in order.
         text: of each expert's domain.
         progress: where to report.
@@ -74,10 +74,10 @@ def router_statistics(
     total = sum(sequences.tokens for sequences in text)
     with torch.inference_mode(), progress.task("reading router inputs", total, "tokens") as task:
         for e, (expert, sequences) in enumerate(zip(experts, text, strict=True)):
-            _put_ffn(model, expert)
+            put_ffn(model, expert)
             counts[e] = sequences.tokens
             for ids_BT, _ in batches(sequences):
-                with _router_inputs(model, layers) as states:
+                with router_inputs(model, layers) as states:
                     model.base_model(input_ids=ids_BT, use_cache=False)
                 for layer, x_BTD in states.items():
                     x_ND = x_BTD.reshape(-1, width).double()
@@ -108,33 +108,29 @@ def batches(sequences: Sequences) -> Iterator[tuple["torch.Tensor", "torch.Tenso
                 yield torch.tensor(ids[part]), torch.tensor(targets[part])
 
 
-def _put_ffn(model: "PreTrainedModel", expert: Dense) -> None:
-    """Overwrite the feed-forward networks of a dense model with an expert's, zeros where that is narrower."""
+def put_ffn(model: "PreTrainedModel", expert: Dense) -> None:
+    """Replace the feed-forward networks of a dense model by an expert's, at the expert's own width."""
     import torch
 
-    for layer in range(expert.layers):
-        for suffix in FFN:
-            name = f"model.layers.{layer}.{suffix}"
-            parameter = model.get_parameter(name)
-            values = torch.from_numpy(expert.checkpoint.read(name))
-            parameter.zero_()
-            parameter[: values.shape[0], : values.shape[1]] = values
+    for name in filter(is_ffn, expert.stored.tensors):
+        module = model.get_submodule(name.rpartition(".")[0])
+        setattr(module, name.rpartition(".")[2], torch.nn.Parameter(torch.from_numpy(expert.stored.read(name))))
 
 
 @contextmanager
-def _router_inputs(model: "PreTrainedModel", layers: int) -> Iterator[Mapping[int, Any]]:
+def router_inputs(model: "PreTrainedModel", layers: int) -> Iterator[Mapping[int, Any]]:
     """What the routers would read, by layer, of the forward passes inside."""
     states: dict[int, Any] = {}
 
     def keep(layer: int) -> Any:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            del module, inputs
-            states[layer] = output
+        def hook(module: Any, inputs: Any) -> None:
+            del module
+            states[layer] = inputs[0]
 
         return hook
 
     handles = [
-        model.get_submodule(ROUTER_INPUT.format(layer=layer)).register_forward_hook(keep(layer))
+        model.get_submodule(ROUTER_INPUT.format(layer=layer)).register_forward_pre_hook(keep(layer))
         for layer in range(layers)
     ]
     try:

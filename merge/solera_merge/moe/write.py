@@ -1,9 +1,10 @@
 """Streaming tensors from the inputs into a checkpoint: the MoE itself, and the dense models it is compared with."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,13 +12,15 @@ import numpy as np
 from blake3 import blake3
 
 from solera_core.checkpoint import Checkpoint
-from solera_core.dtypes import ITEM_BYTES, SAFETENSORS_NAME, from_float32, nonfinite
+from solera_core.dtypes import ITEM_BYTES, SAFETENSORS_NAME, from_float32, nonfinite, to_float32
 from solera_core.errors import CheckpointError
 from solera_core.output import write_metadata
 from solera_core.progress import Progress, Silent
 from solera_core.writer import CheckpointWriter, TensorSpec
-from solera_merge.moe.dense import FFN, Dense, dense_shapes
-from solera_merge.moe.mixtral import ROUTER, Piece, moe_config, pieces
+from solera_merge.moe.canonical import is_folded, stored_shapes
+from solera_merge.moe.dense import FFN, Dense, dense_shapes, is_ffn
+from solera_merge.moe.targets.choice import target_of
+from solera_merge.moe.targets.target import Piece, Sizes, Target
 
 __all__ = [
     "Part",
@@ -25,6 +28,7 @@ __all__ = [
     "moe_specs",
     "replace_routers",
     "torch_dtype_name",
+    "trunk_tensors",
     "write_dense",
     "write_moe",
     "write_part",
@@ -49,8 +53,13 @@ class Part:
     vocabulary: int
 
     def config(self) -> dict[str, Any]:
-        """What changes in a config (or in resolved fields)."""
+        """What changes in a config, but for what it says layer by layer."""
         return {"num_hidden_layers": len(self.layers), "vocab_size": self.vocabulary, "pad_token_id": None}
+
+    def fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Resolved fields of the part."""
+        types = fields["layer_types"]
+        return {**fields, **self.config(), "layer_types": types and [types[layer] for layer in self.layers]}
 
     def source(self, name: str) -> str:
         """The whole model's name of a tensor of the part."""
@@ -62,22 +71,31 @@ class Part:
 
 @dataclass(frozen=True)
 class _Copy:
-    """One tensor to be written, and the tensor it comes from (None: `values`)."""
+    """One block of a tensor to be written, and the tensor it comes from (None: `values`).
+
+    `block` is its shape, `at` where it begins; the blocks of one tensor come one after the other.
+    """
 
     spec: TensorSpec
     checkpoint: Checkpoint | None
     source: str
+    block: tuple[int, ...]
+    at: int = 0
     values: np.ndarray | None = None
 
 
-def moe_specs(trunk: Dense, *, experts: int, width: int, dtype: str | None) -> list[TensorSpec]:
+def moe_specs(target: Target, trunk: Dense, *, experts: int, width: int, dtype: str | None) -> list[TensorSpec]:
     """Every tensor of the MoE with its dtype: `dtype`, or that of the trunk's counterpart (a router: of its layer)."""
-    found = pieces(trunk.fields, experts=experts, width=width)
-    return [TensorSpec(piece.name, _dtype_of(trunk, _counterpart(piece), dtype), piece.shape) for piece in found]
+    first = {piece.name: piece for piece in reversed(target.pieces(trunk.fields, experts=experts, width=width))}
+    return [
+        TensorSpec(piece.name, _dtype_of(trunk, _counterpart(piece), dtype), piece.shape)
+        for piece in reversed(first.values())
+    ]
 
 
 def write_moe(
     directory: Path,
+    target: Target,
     trunk: Dense,
     experts: Sequence[Dense],
     routers: Routers,
@@ -93,6 +111,7 @@ def write_moe(
 
     Args:
         directory: to write into; it exists.
+        target: the format.
         trunk: gives everything that is not an expert or a router.
         experts: their feed-forward networks, padded with zeros to `width`.
         routers: (E, D), one for every layer written.
@@ -106,19 +125,23 @@ def write_moe(
     Raises:
         CheckpointError: a value is NaN, infinite or too large for the dtype.
     """
-    fields = {**trunk.fields, **(part.config() if part else {})}
+    fields = part.fields(trunk.fields) if part else trunk.fields
+    pieces = target.pieces(fields, experts=len(experts), width=width)
+    if unused := set(dense_shapes(fields)) - {piece.source for piece in pieces}:
+        raise CheckpointError(f"{trunk.name}: {trunk.checkpoint.ref}: {min(unused)} has no home in {target.title}")
     copies: list[_Copy] = []
-    for piece in pieces(fields, experts=len(experts), width=width):
+    for piece in pieces:
         counterpart = _source(part, _counterpart(piece))
         spec = TensorSpec(piece.name, _dtype_of(trunk, counterpart, dtype), piece.shape)
         if piece.source is None:
-            layer = int(piece.name.split(".")[2])
-            copies.append(_Copy(spec, None, piece.name, np.asarray(routers[layer], dtype=np.float32)))
+            zeros = np.zeros(piece.shape, dtype=np.float32)
+            values = zeros if piece.zero else np.asarray(routers[int(piece.name.split(".")[2])], dtype=np.float32)
+            copies.append(_Copy(spec, None, piece.name, piece.block, values=values))
         else:
             giver = trunk if piece.expert is None else experts[piece.expert]
-            copies.append(_Copy(spec, giver.checkpoint, _source(part, piece.source)))
+            copies.append(_Copy(spec, giver.checkpoint, _source(part, piece.source), piece.block, piece.at))
     digests = _write(directory, copies, threads=threads, progress=progress)
-    config = moe_config(fields, experts=len(experts), top_k=top_k, width=width, dtype=torch_dtype_name(trunk, dtype))
+    config = target.config(fields, Sizes(len(experts), top_k, width), dtype=torch_dtype_name(trunk, dtype))
     write_metadata(directory, config=config, sidecars=trunk.checkpoint.sidecars)
     return digests
 
@@ -129,35 +152,58 @@ def write_dense(
     ffn: Dense,
     *,
     like: Dense,
-    width: int,
     dtype: str | None,
     part: Part | None = None,
     threads: int | None = None,
 ) -> None:
-    """Write a dense model with the trunk of one input and the feed-forward networks of another.
+    """Write a dense model, as its family stores it, with the trunk of one input and the feed-forward networks of
+    another.
 
     Its config.json is that of `like` as it stands, not what `read_dense` made of it: so a mistake made there cannot
     cancel out when the MoE is compared with this model. Number formats are those that the MoE gets (`like` is its
     trunk).
     """
-    changed = {**(part.config() if part else {}), "intermediate_size": width}
-    fields = {**like.fields, **changed}
+    fields = {**(part.fields(like.fields) if part else like.fields), "intermediate_size": ffn.width}
     copies: list[_Copy] = []
-    for name, shape in dense_shapes(fields).items():
+    for name, shape in stored_shapes(like.family, dense_shapes(fields)).items():
         source = _source(part, name)
-        giver = ffn if name.endswith(FFN) else trunk
-        copies.append(_Copy(TensorSpec(name, _dtype_of(like, source, dtype), shape), giver.checkpoint, source))
+        giver = ffn if is_ffn(name) else trunk
+        if is_folded(like.family, name):  # keeps its precision in the MoE, so it does here
+            stored = giver.stored.tensors[source].dtype
+        else:
+            stored = SAFETENSORS_NAME[dtype] if dtype is not None else like.stored.tensors[source].dtype
+        copies.append(_Copy(TensorSpec(name, stored, shape), giver.stored, source, shape))
     _write(directory, copies, threads=threads, progress=None)
-    config = like.checkpoint.config
-    for key in ("torch_dtype", "layer_types"):  # the older name of dtype; and a list as long as the layers were
-        config.pop(key, None)
-    config |= {**changed, "dtype": torch_dtype_name(like, dtype)}
+    config = like.stored.config
+    config.pop("torch_dtype", None)  # the older name of dtype
+    if part is not None:
+        config |= part.config()
+        if types := config.pop("layer_types", None) or like.fields["layer_types"]:
+            config["layer_types"] = [types[layer] for layer in part.layers]
+    config |= {"intermediate_size": ffn.width, "dtype": torch_dtype_name(like, dtype)}
     write_metadata(directory, config=config, sidecars=like.checkpoint.sidecars)
+
+
+def trunk_tensors(
+    target: Target, giver: Dense, like: Dense, *, dtype: str | None, part: Part | None
+) -> dict[str, np.ndarray]:
+    """The trunk of a model as it would be in a MoE whose number formats are those of `like`: by name, float32."""
+    fields = part.fields(giver.fields) if part else giver.fields
+    found: dict[str, np.ndarray] = {}
+    for piece in target.pieces(fields, experts=1, width=giver.width):
+        if piece.source is not None and piece.expert is None:
+            source = _source(part, piece.source)
+            values = giver.checkpoint.read_flat(source, 0, int(np.prod(piece.shape)))
+            stored = _dtype_of(like, source, dtype)
+            found[piece.name] = to_float32(from_float32(values, stored), stored).reshape(piece.shape)
+    return found
 
 
 def write_part(directory: Path, built: Checkpoint, part: Part) -> None:
     """Write a part of a built MoE from its own files."""
     config = built.config | part.config()
+    if types := config.get("layer_types"):
+        config["layer_types"] = [types[layer] for layer in part.layers]
     kept = {layer: i for i, layer in enumerate(part.layers)}
     copies: list[_Copy] = []
     for name, info in built.tensors.items():
@@ -168,7 +214,7 @@ def write_part(directory: Path, built: Checkpoint, part: Part) -> None:
             parts[2] = str(kept[int(parts[2])])
         elif len(shape) == 2:  # embedding and head
             shape = (part.vocabulary, *shape[1:])
-        copies.append(_Copy(TensorSpec(".".join(parts), info.dtype, shape), built, name))
+        copies.append(_Copy(TensorSpec(".".join(parts), info.dtype, shape), built, name, shape))
     _write(directory, copies, threads=None, progress=None)
     write_metadata(directory, config=config, sidecars=())
 
@@ -182,8 +228,9 @@ def replace_routers(checkpoint: Checkpoint, routers: Routers) -> dict[str, str]:
         CheckpointError: a value is NaN, infinite or too large for the dtype.
     """
     digests: dict[str, str] = {}
+    target = target_of(checkpoint.config["model_type"])
     for layer, router in enumerate(routers):
-        name = ROUTER.format(layer=layer)
+        name = target.router.format(layer=layer)
         info = checkpoint.tensors[name]
         raw = from_float32(np.asarray(router, dtype=np.float32), info.dtype)
         if bad := nonfinite(raw, info.dtype):
@@ -211,7 +258,8 @@ def _counterpart(piece: Piece) -> str:
 
 
 def _dtype_of(trunk: Dense, name: str, dtype: str | None) -> str:
-    return SAFETENSORS_NAME[dtype] if dtype is not None else trunk.checkpoint.tensors[name].dtype
+    folded = is_folded(trunk.family, name)
+    return SAFETENSORS_NAME[dtype] if dtype is not None and not folded else trunk.checkpoint.tensors[name].dtype
 
 
 def _source(part: Part | None, name: str) -> str:
@@ -222,14 +270,15 @@ def _write(
     directory: Path, copies: Sequence[_Copy], *, threads: int | None, progress: Progress | None
 ) -> dict[str, str]:
     workers = threads or min(os.cpu_count() or 1, 4)
-    total = sum(copy.spec.nbytes for copy in copies)
+    tensors = [list(blocks) for _, blocks in groupby(copies, lambda copy: copy.spec.name)]
+    total = sum(blocks[0].spec.nbytes for blocks in tensors)
     with (
-        CheckpointWriter(directory, [copy.spec for copy in copies]) as writer,
+        CheckpointWriter(directory, [blocks[0].spec for blocks in tensors]) as writer,
         (progress or Silent()).task("writing experts and trunk", total, "bytes") as task,
         ThreadPoolExecutor(workers) as pool,
     ):
         try:
-            for written in pool.map(lambda copy: _copy(writer, copy), copies):
+            for written in pool.map(lambda blocks: sum(_copy(writer, copy) for copy in blocks), tensors):
                 task.advance(written)
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -238,13 +287,13 @@ def _write(
 
 
 def _copy(writer: CheckpointWriter, copy: _Copy) -> int:
-    """Write one tensor, as stored where the formats agree, else through float32. Narrower sources get zeros; of a
+    """Write one block, as stored where the formats agree, else through float32. Narrower sources get zeros; of a
     source with more rows the first are taken.
     """
     spec = copy.spec
     if copy.checkpoint is None:
         assert copy.values is not None
-        writer.write_flat(spec.name, 0, copy.values.reshape(-1))
+        writer.write_flat(spec.name, copy.at, copy.values.reshape(-1))
         return spec.nbytes
     info = copy.checkpoint.tensors[copy.source]
     raw = info.dtype == spec.dtype and not copy.checkpoint.is_derived(copy.source)
@@ -253,7 +302,7 @@ def _copy(writer: CheckpointWriter, copy: _Copy) -> int:
     )
     write: Callable[[str, int, Any], None] = writer.write_raw if raw else writer.write_flat
     unit = ITEM_BYTES[spec.dtype] if raw else 1  # array items an element
-    rows, columns = _matrix(spec.shape)
+    rows, columns = _matrix(copy.block)
     own_rows, own_columns = _matrix(info.shape)
     step = max(_BLOCK // max(columns, 1), 1)
     try:
@@ -269,10 +318,10 @@ def _copy(writer: CheckpointWriter, copy: _Copy) -> int:
                     found = read(copy.source, row * own_columns, (row + have) * own_columns)
                     wide[:have, : own_columns * unit] = found.reshape(have, own_columns * unit)
                 block = wide.reshape(-1)
-            write(spec.name, row * columns, block)
+            write(spec.name, copy.at + row * columns, block)
     except CheckpointError as e:
         raise CheckpointError(f"{copy.checkpoint.ref}: tensor {copy.source}: {e}") from e
-    return spec.nbytes
+    return rows * columns * ITEM_BYTES[spec.dtype]
 
 
 def _matrix(shape: Iterable[int]) -> tuple[int, int]:

@@ -69,11 +69,17 @@ def align_vocabularies(config: MergeConfig, models: Models, parts: Sequence[Part
     changed = output if output.content != all_.own[donor].content else None
     warnings += _other_splits(all_, output)
     alike = all(own.vocabulary == output.vocabulary and all_.rows[i] == rows for i, own in all_.own.items())
-    if alike and not any(fill.force for fill in fills.values()):
+    filled = wanted.pad_to_multiple_of is not None and rows > _end_of_tokens(output)  # with the mean
+    if alike and not filled and not any(fill.force for fill in fills.values()):
         return Alignment(models, donor, all_, changed, None, tuple(warnings))
     tables = _tables(config, parts, all_, output, rows, fills, warnings)
     seen = tuple(_seen(c, tables[i]) for i, c in enumerate(models.checkpoints))
     return Alignment(replace(models, checkpoints=seen), donor, all_, changed, rows, tuple(warnings))
+
+
+def _end_of_tokens(output: ModelTokenizer) -> int:
+    """Rows from here on have no token."""
+    return max(output.vocabulary.values(), default=-1) + 1
 
 
 def _tables(
@@ -96,7 +102,7 @@ def _tables(
     ids = list(output.vocabulary.values())
     tokens = np.zeros(rows, np.bool_)
     tokens[ids] = True
-    average_from = None if wanted.pad_to_multiple_of is None else max(ids, default=-1) + 1
+    average_from = None if wanted.pad_to_multiple_of is None else _end_of_tokens(output)
     own = {i: own_rows(t.vocabulary, output.vocabulary, all_.rows[i], rows) for i, t in all_.own.items()}
     spare = {i: _spare(t, all_.rows[i]) for i, t in all_.own.items()}
     checkpoints = dict(enumerate(all_.models.checkpoints))

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from solera_core.strict import Strict
+from solera_merge.reference import ModelName
 
 __all__ = ["Fill", "TokenConfig", "TokenizerConfig"]
 
@@ -21,7 +22,7 @@ class Fill(Strict):
     """
 
     kind: Literal["model", "model_token", "zero"]
-    model: str | None = None
+    model: ModelName | None = None
     token: str | None = None
     token_id: int | None = Field(default=None, ge=0)
 
@@ -51,7 +52,8 @@ class TokenConfig(Strict):
     @field_validator("source", mode="before")
     @classmethod
     def _model(cls, value: Any) -> Any:
-        return {"kind": "model", "model": value} if isinstance(value, str) else value
+        whole_model = isinstance(value, str) or (isinstance(value, dict) and not value.keys() - {"model", "lora"})
+        return {"kind": "model", "model": value} if whole_model else value
 
     @model_validator(mode="after")
     def _forced(self) -> "TokenConfig":
@@ -70,7 +72,7 @@ class TokenizerConfig(Strict):
             default rows without a token stay as they are.
     """
 
-    source: str = "union"
+    source: ModelName = "union"
     tokens: dict[str, TokenConfig] = Field(default_factory=dict)
     pad_to_multiple_of: PositiveInt | None = None
 

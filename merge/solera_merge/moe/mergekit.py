@@ -1,0 +1,76 @@
+"""mergekit-moe's YAML, said in solera's words.
+
+base_model, experts[].source_model, positive_prompts, negative_prompts, noise_scale, residual_scale, gate_mode,
+dtype, experts_per_token, architecture
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+__all__ = ["from_mergekit", "is_mergekit"]
+
+_MODES: Final = ("hidden", "hidden_last", "hidden_avg", "cheap_embed", "random", "uniform_random")
+_EXPERT_KEYS: Final = {"source_model": "model", "positive_prompts": "prompts"}
+_TARGETS: Final = {"mixtral": "mixtral", "qwen3": "qwen3_moe", "qwen2": "qwen2_moe", "qwen": "qwen2_moe"}
+
+
+def is_mergekit(settings: Any) -> bool:
+    """Whether settings of a MoE are mergekit-moe's."""
+    return isinstance(settings, Mapping) and "base_model" in settings and "trunk" not in settings
+
+
+def from_mergekit(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same in solera's words; keys that neither knows stay, and are refused where all unknown keys are.
+
+    Raises:
+        ValueError: what solera does otherwise on purpose (see docs/parity.md), with the way out.
+    """
+    rest = dict(settings)
+    if rest.pop("shared_experts", None):
+        raise ValueError(
+            "shared_experts: an expert that is added to every token's output changes what the specialists compute; "
+            "remove it: target qwen2_moe is built without one"
+        )
+    mode = rest.pop("gate_mode", "hidden")
+    if mode not in _MODES:
+        raise ValueError(f"gate_mode: {mode!r} is none of {', '.join(_MODES)}")
+    found: dict[str, Any] = {
+        "trunk": rest.pop("base_model"),
+        "router": {"fit": f"mergekit_{'hidden' if mode == 'hidden_last' else mode}"},
+        **({"top_k": rest.pop("experts_per_token")} if "experts_per_token" in rest else {}),
+    }
+    if (architecture := rest.pop("architecture", None)) is not None:
+        found["target"] = _target(str(architecture))
+    experts = rest.pop("experts", None)
+    if isinstance(experts, list):
+        names = _names([expert.get("source_model") for expert in experts if isinstance(expert, Mapping)])
+        experts = [
+            {"name": name, **{_EXPERT_KEYS.get(key, key): value for key, value in expert.items() if value is not None}}
+            if isinstance(expert, Mapping)
+            else expert
+            for name, expert in zip(names, experts, strict=False)
+        ]
+    return {**found, "experts": experts, **rest}
+
+
+def _target(architecture: str) -> str:
+    lowered = architecture.lower()
+    if lowered.startswith("deepseek"):
+        raise ValueError(
+            f"architecture: {architecture!r}: mergekit's DeepSeek output needs Python code from the hub; leave it out"
+        )
+    for prefix, target in _TARGETS.items():
+        if lowered.startswith(prefix):
+            return target
+    raise ValueError(f"architecture: {architecture!r} is none that is known here: {', '.join(_TARGETS)}")
+
+
+def _names(models: list[Any]) -> list[str]:
+    """A name for every expert: the last part of its model's, numbered where that is not enough."""
+    found: list[str] = []
+    for model in models:
+        name = str(model).rpartition("+")[0] or str(model)
+        name = name.rstrip("/").rpartition("/")[2].partition("@")[0] or "expert"
+        again = sum(other == name or other.startswith(f"{name}-") for other in found)
+        found.append(f"{name}-{again + 1}" if again else name)
+    return found
