@@ -446,7 +446,8 @@ class _Fit:
         )
 
     def _origin(self) -> str:
-        return "" if self._stored.base_model is None else f"; it says it was trained on {self._stored.base_model!r}"
+        base = self._stored.base_model
+        return "" if base is None else f" (it says that it was trained on {base!r})"
 
     def _target(self, info: TensorInfo, name: str) -> str:
         """The stored tensor of a name; raises where there is none."""

@@ -286,7 +286,7 @@ TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     ),
     "unknown target": (
         lambda t: [_rename(t, f"{Q}.lora_{s}.weight", Q.replace("q_proj", "qq") + f".lora_{s}.weight") for s in "AB"],
-        r"changes 'model.layers.0.self_attn.qq.weight', .*; it says it was trained on '",
+        r"changes 'model.layers.0.self_attn.qq.weight', .*\(it says that it was trained on '",
     ),
     "a convolution": (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(4, 32, 1)}), "only LoRA of matrices"),
     "DoRA unannounced": (
