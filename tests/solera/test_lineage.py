@@ -14,10 +14,17 @@ from solera_core.context import Context
 ONE, TWO = "1" * 40, "2" * 40
 
 
-def record(directory: Path, kind: str, inputs: list[tuple[str, str | None]], digest: str = "", **recipe: Any) -> Path:
+def record(
+    directory: Path,
+    kind: str,
+    inputs: list[tuple[str, str | None]],
+    digest: str = "",
+    algorithm: str = "blake3",
+    **recipe: Any,
+) -> Path:
     """A solera.json with the keys that lineage reads."""
     directory.mkdir(parents=True)
-    rows = [{"name": r, "ref": r, "revision": v, "digest": f"blake3:{r}"} for r, v in inputs]
+    rows = [{"name": r, "ref": r, "revision": v, "digest": f"{algorithm}:{r}"} for r, v in inputs]
     (directory / "solera.json").write_text(
         json.dumps(
             {
@@ -32,8 +39,10 @@ def record(directory: Path, kind: str, inputs: list[tuple[str, str | None]], dig
     return directory
 
 
-def test_merge_of_models_on_the_hub(tmp_path: Path) -> None:
-    found = trace(record(tmp_path / "blend", "merge", [("org/one", ONE), ("org/two@main", TWO)]), "blend", Context())
+@pytest.mark.parametrize("algorithm", ["blake3", "sampled"])  # large models are known by samples
+def test_merge_of_models_on_the_hub(tmp_path: Path, algorithm: str) -> None:
+    blend = record(tmp_path / "blend", "merge", [("org/one", ONE), ("org/two@main", TWO)], algorithm=algorithm)
+    found = trace(blend, "blend", Context())
     assert [(p.hub_id, p.revision, p.kind, p.directory) for p in found.parents] == [
         ("org/one", ONE, "given", None),
         ("org/two", TWO, "given", None),
