@@ -51,6 +51,8 @@ DRAWN = [
     "ramplus_tl",
     "passthrough",
 ]
+# Padding rows, which mergekit drops with a tokenizer, change the norms, angles and sums of a table elsewhere.
+BY_ELEMENT = ["linear", "task_arithmetic", "ties", "breadcrumbs", "nearswap", "passthrough"]
 PER_MODEL: dict[str, st.SearchStrategy[Any]] = {
     "weight": st.floats(0.1, 1),
     "density": st.floats(0.2, 1),
@@ -145,7 +147,10 @@ def a_recipe(draw: Draw) -> dict[str, Any]:
     content["dtype"] = "float32"
     if (out := draw(st.sampled_from([None, "bfloat16", "float16"]))) is not None:
         content["out_dtype"] = out
-    match draw(st.sampled_from(["none", "none", "source", "union", "model", "pad"])):
+    tokenizers = ["none", "none", "source", "union", "model", "pad"]
+    if method.name not in BY_ELEMENT or "rescale" in json.dumps(content):
+        tokenizers = ["none"]
+    match draw(st.sampled_from(tokenizers)):
         case "source" if based:
             content["tokenizer_source"] = "base"
         case "union":
@@ -215,7 +220,8 @@ def test_random_recipes(
         if not any(known in str(e) for known in MERGEKIT_STOPS):
             raise
         return
-    require_equal(drawn, weights(ours), weights(theirs))
+    vocabulary = json.loads(Path(families[family]["base"], "tokenizer.json").read_text())["model"]["vocab"]
+    require_equal(drawn, weights(ours), weights(theirs), tokens=len(vocabulary))
     mine, other = (json.loads((out / "config.json").read_text()) for out in (ours, theirs))
     assert mine["num_hidden_layers"] == other["num_hidden_layers"]
     if "tokenizer_source" in drawn or "tokenizer" in drawn:
@@ -223,17 +229,17 @@ def test_random_recipes(
         assert vocabularies[0] == vocabularies[1]
 
 
-def require_equal(drawn: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def require_equal(drawn: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any], *, tokens: int) -> None:
     """The same names; values within the rounding of the output's format, but for what `DIFFERENT` tells."""
     assert ours.keys() == theirs.keys()
     step = {None: 2e-6, "bfloat16": 2.0**-7, "float16": 2.0**-10}[drawn.get("out_dtype")]
     equal = size = 0
     for name, mine in ours.items():
         other = theirs[name]
-        if mine.shape != other.shape:  # padded rows stay: docs/parity.md
-            assert name in TABLES
-            assert "tokenizer_source" in drawn
-            mine = mine[: len(other)]
+        if name in TABLES and ("tokenizer_source" in drawn or "tokenizer" in drawn):
+            # Of rows with a token. Padding stays here (docs/parity.md); and the class that transformers has for Qwen2's
+            # tokenizer adds a token to this small one, which then is no padding to mergekit.
+            mine, other = mine[:tokens], other[:tokens]
         close = np.abs(mine - other) <= step * max(float(np.abs(mine).max()), 1e-3)
         assert drawn["merge_method"] in DIFFERENT or close.all(), (name, float(close.mean()))
         equal += int(close.sum())
