@@ -115,30 +115,30 @@ _one = np.float32(1)
 
 def linear(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool) -> RawFormula:
     """As `methods.linear`."""
-    from solera_merge.kernels.sums import span_of_sum
+    from solera_merge.kernels.sums import weighted_sum
 
     factors = np.array(weight, np.float32)
     divisor = np.float32(sum(weight)) if normalize else _one
-    return lambda b, out, code, drift: span_of_sum(*b.rows, factors, divisor, out, code, drift, 0)
+    return lambda b, out, code, drift: weighted_sum(*b.rows, factors, divisor, out, code, drift, 0)
 
 
 def passthrough(_tensor: RawTensor, /, *, scale: Sequence[float]) -> RawFormula:
     """As `methods.passthrough`."""
-    from solera_merge.kernels.sums import span_of_sum
+    from solera_merge.kernels.sums import weighted_sum
 
     factors = np.array(scale, np.float32)
-    return lambda b, out, code, drift: span_of_sum(*b.rows, factors, _one, out, code, drift, 0)
+    return lambda b, out, code, drift: weighted_sum(*b.rows, factors, _one, out, code, drift, 0)
 
 
 def slerp(tensor: RawTensor, /, *, t: float) -> RawFormula:
     """As `methods.slerp`."""
-    from solera_merge.kernels.sums import span_of_sum
+    from solera_merge.kernels.sums import weighted_sum
     from solera_merge.methods.slerp import coefficients
 
     (model, product), (_, base) = _gram(tensor, 2)
     c_base, c_model = coefficients(t, math.sqrt(base), math.sqrt(model), product)
     factors = np.array([c_model, c_base], np.float32)  # a sum of two has the same bits in either order
-    return lambda b, out, code, drift: span_of_sum(*b.rows, factors, _one, out, code, drift, 1)
+    return lambda b, out, code, drift: weighted_sum(*b.rows, factors, _one, out, code, drift, 1)
 
 
 def nuslerp(
@@ -169,24 +169,24 @@ def karcher(tensor: RawTensor, /, *, weight: Sequence[float], max_iter: int, tol
 
 def model_stock(tensor: RawTensor, /, *, filter_wise: bool) -> RawFormula:
     """As `methods.model_stock` with one angle a tensor."""
-    from solera_merge.kernels.sums import span_of_deltas
+    from solera_merge.kernels.sums import weighted_deltas
     from solera_merge.methods.model_stock import ratio
 
     assert not filter_wise
     count = len(tensor.keys)
     t = np.float32(ratio(_gram(tensor, count)))
     ones, divisor = np.ones(count, np.float32), np.float32(count)
-    return lambda b, out, code, drift: span_of_deltas(*b.rows, ones, divisor, t, out, code, drift)
+    return lambda b, out, code, drift: weighted_deltas(*b.rows, ones, divisor, t, out, code, drift)
 
 
 def task_arithmetic(_tensor: RawTensor, /, *, weight: Sequence[float], normalize: bool, lambda_: float) -> RawFormula:
     """As `methods.task_arithmetic`."""
-    from solera_merge.kernels.sums import span_of_deltas
+    from solera_merge.kernels.sums import weighted_deltas
 
     factors = np.array(weight, np.float32)
     divisor = np.float32(sum(weight) or 1.0) if normalize else _one
     scale = np.float32(lambda_)
-    return lambda b, out, code, drift: span_of_deltas(*b.rows, factors, divisor, scale, out, code, drift)
+    return lambda b, out, code, drift: weighted_deltas(*b.rows, factors, divisor, scale, out, code, drift)
 
 
 def ties(
@@ -250,13 +250,13 @@ def _merged_bands(
     rescale: bool,
     lambda_: float,
 ) -> RawFormula:
-    from solera_merge.kernels.sparsified import span_of_band
+    from solera_merge.kernels.sparsified import merge_band
 
     limits = _Limits(*_arrays([band.outer for band in bands], tensor), *_arrays([band.inner for band in bands], tensor))
     kept = np.array(_keep_norm(tensor, limits) if rescale else [1.0] * len(bands), np.float32)
     factors, scale = np.array(weight, np.float32), np.float32(lambda_)
     divisor = np.float32(sum(weight) or 1.0)
-    return lambda b, out, code, drift: span_of_band(
+    return lambda b, out, code, drift: merge_band(
         *b.rows,
         b.start,
         limits.outer,
@@ -339,7 +339,7 @@ def dare_linear(tensor: RawTensor, /, **parameters: Unpack[Dare]) -> RawFormula:
 
 
 def _dare(tensor: RawTensor, elect: int, **parameters: Unpack[Dare]) -> RawFormula:
-    from solera_merge.kernels.sparsified import span_of_random
+    from solera_merge.kernels.sparsified import merge_random
 
     weight, density = parameters["weight"], parameters["density"]
     normalize = parameters["normalize"]
@@ -348,7 +348,7 @@ def _dare(tensor: RawTensor, elect: int, **parameters: Unpack[Dare]) -> RawFormu
     kept = np.array(rescale_factors(density, rescale=parameters["rescale"]), np.float32)
     factors, scale = np.array(weight, np.float32), np.float32(parameters["lambda_"])
     divisor = np.float32(sum(weight) or 1.0)
-    return lambda b, out, code, drift: span_of_random(
+    return lambda b, out, code, drift: merge_random(
         *b.rows, b.start, keys, limits, kept, factors, elect, normalize, divisor, scale, out, code, drift
     )
 
@@ -441,7 +441,7 @@ def _width(tensor: RawTensor) -> int:
 
 def sce(tensor: RawTensor, /, *, select_topk: float, int8_mask: bool) -> RawFormula:
     """As `methods.sce`."""
-    from solera_merge.kernels.sce import span_of_selected, squares_of_selected
+    from solera_merge.kernels.sce import merge_selected, squares_of_selected
     from solera_merge.kernels.selection import SPREAD
     from solera_merge.methods.sce import count_selected, shares
 
@@ -458,15 +458,15 @@ def sce(tensor: RawTensor, /, *, select_topk: float, int8_mask: bool) -> RawForm
         for part, more in zip(parts, sums.tolist(), strict=True):
             add_parts(part, more)
     weight = np.array(shares([math.fsum(part) for part in parts]), np.float32)
-    return lambda b, out, code, drift: span_of_selected(*b.rows, b.start, bits, last, weight, out, code, drift)
+    return lambda b, out, code, drift: merge_selected(*b.rows, b.start, bits, last, weight, out, code, drift)
 
 
 def nearswap(_tensor: RawTensor, /, *, t: float) -> RawFormula:
     """As `methods.nearswap`."""
-    from solera_merge.kernels.changes import span_of_near
+    from solera_merge.kernels.changes import merge_near
 
     step = np.float32(t)
-    return lambda b, out, code, drift: span_of_near(*b.rows, step, out, code, drift)
+    return lambda b, out, code, drift: merge_near(*b.rows, step, out, code, drift)
 
 
 def ram(tensor: RawTensor, /, *, epsilon: float) -> RawFormula:
@@ -487,10 +487,10 @@ def ramplus_tl(tensor: RawTensor, /, *, r: float, alpha: float, epsilon: float) 
 
 
 def _selective(epsilon: float, scales: Sequence[float]) -> RawFormula:
-    from solera_merge.kernels.changes import span_of_changes
+    from solera_merge.kernels.changes import merge_changes
 
     limit, factors = np.float32(epsilon), np.array(scales, np.float32)
-    return lambda b, out, code, drift: span_of_changes(*b.rows, limit, factors, out, code, drift)
+    return lambda b, out, code, drift: merge_changes(*b.rows, limit, factors, out, code, drift)
 
 
 def _gram(tensor: RawTensor, count: int) -> list[list[float]]:
@@ -509,14 +509,14 @@ def _gram(tensor: RawTensor, count: int) -> list[list[float]]:
 
 def _in_span(coefficients: Sequence[float]) -> RawFormula:
     """As `solera_merge.combination.combine`."""
-    from solera_merge.kernels.sums import span_of_deltas, span_of_sum
+    from solera_merge.kernels.sums import weighted_deltas, weighted_sum
 
     factors = np.array(coefficients, np.float32)
 
     def formula(b: RawBlock, out: npt.NDArray[np.uint8], code: int, drift: Drift) -> int:
         if b.codes.size > factors.size:
-            return span_of_deltas(*b.rows, factors, _one, _one, out, code, drift)
-        return span_of_sum(*b.rows, factors, _one, out, code, drift, 0)
+            return weighted_deltas(*b.rows, factors, _one, _one, out, code, drift)
+        return weighted_sum(*b.rows, factors, _one, out, code, drift, 0)
 
     return formula
 

@@ -147,7 +147,7 @@ class RawStream:
 
         for start, raw in zip(range(0, self.size, self.step), cycle(self._buffers), strict=False):
             n = min(self.step, self.size - start)
-            if fill(Rows(raw, self._codes, self._descriptors, self._begins + start * self._bytes), 0, n):
+            if fill(Rows(raw, self._codes, self._descriptors, self._begins + start * self._bytes), 0, n, n):
                 parts = zip(self._begins, self._readers, self._widths, raw, strict=True)
                 for first, reader, width, row in parts:  # says what is wrong
                     reader.read_into(int(first) + start * width, row[: n * width])

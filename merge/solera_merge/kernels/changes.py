@@ -7,9 +7,9 @@ from solera_merge.kernels.compiled import kernel
 from solera_merge.kernels.deltas import load_deltas
 from solera_merge.kernels.drift import add_drift
 from solera_merge.kernels.formats import PIECE, narrow, widen
-from solera_merge.kernels.spans import WIDTHS, Rows, fill
+from solera_merge.kernels.spans import Rows, fill
 
-__all__ = ["count_changes", "merge_changes", "merge_near", "span_of_changes", "span_of_near"]
+__all__ = ["count_changes", "merge_changes", "merge_near"]
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -18,20 +18,22 @@ Drift = npt.NDArray[np.float64]
 
 
 @kernel
-def merge_near(raw: Bytes, codes: Codes, n: int, step: np.float32, out: Bytes, out_code: int, drift: Drift) -> int:
-    """W_1 where |W_1 - W_0| <= step, else W_0 + step in its direction."""
+def merge_near(rows: Rows, n: int, step: int, limit: np.float32, out: Bytes, out_code: int, drift: Drift) -> int:
+    """W_1 where |W_1 - W_0| <= limit, else W_0 + limit in its direction."""
     bad = 0
     model, base, merged = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
-        if widen(raw[0], codes[0], begin, m, model):
+        bad |= fill(rows, begin, n, step)
+        at = begin % step
+        if widen(rows.raw[0], rows.codes[0], at, m, model):
             bad |= 1
-        if widen(raw[1], codes[1], begin, m, base):
+        if widen(rows.raw[1], rows.codes[1], at, m, base):
             bad |= 1
         for j in range(m):
             delta = model[j] - base[j]
-            moved = base[j] + (step if delta > 0 else -step)
-            merged[j] = model[j] if np.abs(delta) <= step else moved
+            moved = base[j] + (limit if delta > 0 else -limit)
+            merged[j] = model[j] if np.abs(delta) <= limit else moved
         add_drift(merged, base, m, drift)
         if narrow(merged, m, out, out_code, begin):
             bad |= 2
@@ -71,7 +73,7 @@ def count_changes(raw: Bytes, codes: Codes, n: int, epsilon: np.float32, counts:
 
 @kernel
 def merge_changes(
-    raw: Bytes, codes: Codes, n: int, epsilon: np.float32, scales: Float32, out: Bytes, out_code: int, drift: Drift
+    rows: Rows, n: int, step: int, epsilon: np.float32, scales: Float32, out: Bytes, out_code: int, drift: Drift
 ) -> int:
     """W_0 + the mean of the changes above epsilon, or scales[i] times the change of the only model that has one."""
     bad = 0
@@ -81,7 +83,9 @@ def merge_changes(
     number = np.empty(PIECE, np.float32)
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
-        if load_deltas(raw, codes, begin, m, base, terms):
+        bad |= fill(rows, begin, n, step)
+        at = begin % step
+        if load_deltas(rows.raw, rows.codes, at, m, base, terms):
             bad |= 1
         for j in range(m):
             number[j] = np.float32(0)
@@ -109,49 +113,4 @@ def merge_changes(
         add_drift(merged, base, m, drift)
         if narrow(merged, m, out, out_code, begin):
             bad |= 2
-    return bad
-
-
-@kernel
-def span_of_near(
-    rows: Rows,
-    n: int,
-    step: int,
-    limit: np.float32,
-    out: Bytes,
-    out_code: int,
-    drift: npt.NDArray[np.float64],
-) -> int:
-    """`merge_near` over a span."""
-    bad = 0
-    for at in range(0, n, step):
-        m = min(step, n - at)
-        bad |= fill(rows, at, m)
-        to = out[at * WIDTHS[out_code] :]
-        bad |= merge_near(rows.raw, rows.codes, m, limit, to, out_code, drift)
-        if bad:
-            break
-    return bad
-
-
-@kernel
-def span_of_changes(
-    rows: Rows,
-    n: int,
-    step: int,
-    epsilon: np.float32,
-    scales: Float32,
-    out: Bytes,
-    out_code: int,
-    drift: npt.NDArray[np.float64],
-) -> int:
-    """`merge_changes` over a span."""
-    bad = 0
-    for at in range(0, n, step):
-        m = min(step, n - at)
-        bad |= fill(rows, at, m)
-        to = out[at * WIDTHS[out_code] :]
-        bad |= merge_changes(rows.raw, rows.codes, m, epsilon, scales, to, out_code, drift)
-        if bad:
-            break
     return bad

@@ -9,10 +9,10 @@ from solera_merge.kernels.drift import add_drift
 from solera_merge.kernels.elections import ELECT_UNWEIGHTED
 from solera_merge.kernels.formats import PIECE, narrow
 from solera_merge.kernels.norms import dot
-from solera_merge.kernels.spans import WIDTHS, Rows, fill
+from solera_merge.kernels.spans import Rows, fill
 from solera_merge.kernels.sparsified import ALL, SIGN, merge_kept
 
-__all__ = ["merge_selected", "span_of_selected", "squares_of_selected"]
+__all__ = ["merge_selected", "squares_of_selected"]
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -46,9 +46,9 @@ def squares_of_selected(
 
 @kernel
 def merge_selected(
-    raw: Bytes,
-    codes: Codes,
+    rows: Rows,
     n: int,
+    step: int,
     start: int,
     bits: np.uint32,
     last: int,
@@ -65,7 +65,9 @@ def merge_selected(
     one = np.float32(1)
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
-        if load_deltas(raw, codes, begin, m, base, terms):
+        bad |= fill(rows, begin, n, step)
+        at = begin % step
+        if load_deltas(rows.raw, rows.codes, at, m, base, terms):
             bad |= 1
         _select(terms, m, start + begin, bits, last, mean, squares, spread)
         merge_kept(terms, m, weight, ELECT_UNWEIGHTED, True, one, one, base, merged)
@@ -94,28 +96,3 @@ def _select(
         words = terms[i].view(np.uint32)
         for j in range(m):
             words[j] &= masks[j]
-
-
-@kernel
-def span_of_selected(
-    rows: Rows,
-    n: int,
-    step: int,
-    start: int,
-    bits: np.uint32,
-    last: int,
-    weight: Float32,
-    out: Bytes,
-    out_code: int,
-    drift: npt.NDArray[np.float64],
-) -> int:
-    """`merge_selected` over a span that begins at element `start`."""
-    bad = 0
-    for at in range(0, n, step):
-        m = min(step, n - at)
-        bad |= fill(rows, at, m)
-        to = out[at * WIDTHS[out_code] :]
-        bad |= merge_selected(rows.raw, rows.codes, m, start + at, bits, last, weight, to, out_code, drift)
-        if bad:
-            break
-    return bad

@@ -12,7 +12,7 @@ from numba import types
 
 from solera_merge.kernels.compiled import kernel
 
-__all__ = ["UNREADABLE", "WIDTHS", "Rows", "fill"]
+__all__ = ["UNREADABLE", "Rows", "fill"]
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -21,7 +21,7 @@ UNREADABLE: Final = 4
 """Bit of a result: a file could not be read, or was cut. Whoever sees it reads again and says what is wrong."""
 
 _pread: Any = types.ExternalFunction("pread", types.intp(types.int32, types.uintp, types.uintp, types.int64))
-WIDTHS: Final = (4, 2, 2)  # bytes an element, by code (`solera_merge.kernels.formats`)
+_WIDTHS: Final = (4, 2, 2)  # bytes an element, by code (`solera_merge.kernels.formats`)
 
 
 class Rows(NamedTuple):
@@ -41,13 +41,19 @@ class Rows(NamedTuple):
 
 
 @kernel
-def fill(rows: Rows, at: int, n: int) -> int:
-    """Read elements [at, at + n) of the span to the beginning of the rows; `UNREADABLE` or 0."""
+def fill(rows: Rows, begin: int, n: int, step: int) -> int:
+    """Where element `begin` of the span's `n` begins a step, read that step into the rows; `UNREADABLE` or 0.
+
+    Element `begin` is then number `begin % step` of each row. `step` is a multiple of the pieces that a kernel works
+    on, or at least `n`.
+    """
+    if begin % step != 0:
+        return 0
     for i in range(rows.files.size):
-        width = WIDTHS[rows.codes[i]]
-        address, wanted, done = rows.raw[i].ctypes.data, n * width, 0
+        width = _WIDTHS[rows.codes[i]]
+        address, wanted, done = rows.raw[i].ctypes.data, min(step, n - begin) * width, 0
         while done < wanted:
-            got = _pread(rows.files[i], address + done, wanted - done, rows.offsets[i] + at * width + done)
+            got = _pread(rows.files[i], address + done, wanted - done, rows.offsets[i] + begin * width + done)
             if got <= 0:
                 return UNREADABLE
             done += got

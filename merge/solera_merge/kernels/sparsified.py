@@ -10,7 +10,7 @@ from solera_merge.kernels.elections import ELECT_NONE, ELECT_UNWEIGHTED, ELECT_W
 from solera_merge.kernels.formats import PIECE, narrow, widen
 from solera_merge.kernels.norms import dot
 from solera_merge.kernels.philox import philox_words
-from solera_merge.kernels.spans import WIDTHS, Rows, fill
+from solera_merge.kernels.spans import Rows, fill
 
 __all__ = [
     "ALL",
@@ -19,8 +19,6 @@ __all__ = [
     "merge_band",
     "merge_kept",
     "merge_random",
-    "span_of_band",
-    "span_of_random",
 ]
 
 Float32 = npt.NDArray[np.float32]
@@ -36,9 +34,9 @@ ALL, SIGN = np.uint32(0xFFFFFFFF), np.uint32(0x80000000)
 
 @kernel
 def merge_band(
-    raw: Bytes,
-    codes: Codes,
+    rows: Rows,
     n: int,
+    step: int,
     start: int,
     outer: Words,
     outer_last: Places,
@@ -66,7 +64,9 @@ def merge_band(
     terms = np.empty((models, PIECE), np.float32)
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
-        if load_deltas(raw, codes, begin, m, base, terms):
+        bad |= fill(rows, begin, n, step)
+        at = begin % step
+        if load_deltas(rows.raw, rows.codes, at, m, base, terms):
             bad |= 1
         for i in range(models):
             term = terms[i]
@@ -141,9 +141,9 @@ def _keep_band(
 
 @kernel
 def merge_random(
-    raw: Bytes,
-    codes: Codes,
+    rows: Rows,
     n: int,
+    step: int,
     start: int,
     keys: npt.NDArray[np.uint64],
     limits: npt.NDArray[np.uint64],
@@ -168,7 +168,9 @@ def merge_random(
     words = np.empty(PIECE, np.uint32)
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
-        if load_deltas(raw, codes, begin, m, base, terms):
+        bad |= fill(rows, begin, n, step)
+        at = begin % step
+        if load_deltas(rows.raw, rows.codes, at, m, base, terms):
             bad |= 1
         for i in range(models):
             term, limit, factor = terms[i], limits[i], factors[i]
@@ -259,99 +261,3 @@ def _sum(terms: Float32, m: int, total: Float32) -> None:
         term = terms[i]
         for j in range(m):
             total[j] += term[j]
-
-
-@kernel
-def span_of_band(
-    rows: Rows,
-    n: int,
-    step: int,
-    start: int,
-    outer: npt.NDArray[np.uint32],
-    outer_last: npt.NDArray[np.int64],
-    inner: npt.NDArray[np.uint32],
-    inner_last: npt.NDArray[np.int64],
-    factors: Float32,
-    weight: Float32,
-    elect: int,
-    normalize: bool,
-    plain_divisor: np.float32,
-    scale: np.float32,
-    out: Bytes,
-    out_code: int,
-    drift: npt.NDArray[np.float64],
-) -> int:
-    """`merge_band` over a span that begins at element `start`."""
-    bad = 0
-    for at in range(0, n, step):
-        m = min(step, n - at)
-        bad |= fill(rows, at, m)
-        to = out[at * WIDTHS[out_code] :]
-        bad |= merge_band(
-            rows.raw,
-            rows.codes,
-            m,
-            start + at,
-            outer,
-            outer_last,
-            inner,
-            inner_last,
-            factors,
-            weight,
-            elect,
-            normalize,
-            plain_divisor,
-            scale,
-            to,
-            out_code,
-            drift,
-        )
-        if bad:
-            break
-    return bad
-
-
-@kernel
-def span_of_random(
-    rows: Rows,
-    n: int,
-    step: int,
-    start: int,
-    keys: npt.NDArray[np.uint64],
-    limits: npt.NDArray[np.uint64],
-    factors: Float32,
-    weight: Float32,
-    elect: int,
-    normalize: bool,
-    plain_divisor: np.float32,
-    scale: np.float32,
-    out: Bytes,
-    out_code: int,
-    drift: npt.NDArray[np.float64],
-) -> int:
-    """`merge_random` over a span that begins at element `start`."""
-    bad = 0
-    for at in range(0, n, step):
-        m = min(step, n - at)
-        bad |= fill(rows, at, m)
-        to = out[at * WIDTHS[out_code] :]
-        bad |= merge_random(
-            rows.raw,
-            rows.codes,
-            m,
-            start + at,
-            keys,
-            limits,
-            factors,
-            weight,
-            elect,
-            normalize,
-            plain_divisor,
-            scale,
-            to,
-            out_code,
-            drift,
-        )
-        if bad:
-            break
-    return bad

@@ -6,9 +6,9 @@ import numpy.typing as npt
 from solera_merge.kernels.compiled import kernel
 from solera_merge.kernels.drift import add_drift
 from solera_merge.kernels.formats import PIECE, narrow, widen
-from solera_merge.kernels.spans import WIDTHS, Rows, fill
+from solera_merge.kernels.spans import Rows, fill
 
-__all__ = ["span_of_deltas", "span_of_sum", "weighted_deltas", "weighted_sum"]
+__all__ = ["weighted_deltas", "weighted_sum"]
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -16,9 +16,9 @@ Bytes = npt.NDArray[np.uint8]
 
 @kernel
 def weighted_sum(
-    raw: npt.NDArray[np.uint8],
-    codes: npt.NDArray[np.int64],
+    rows: Rows,
     n: int,
+    step: int,
     coefficients: npt.NDArray[np.float32],
     divisor: np.float32,
     out: npt.NDArray[np.uint8],
@@ -36,10 +36,12 @@ def weighted_sum(
     term = np.empty(PIECE, np.float32)
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
+        bad |= fill(rows, begin, n, step)
+        at = begin % step
         for i in range(coefficients.size):
             c = coefficients[i]
             piece = kept if i == reference else term
-            if widen(raw[i], codes[i], begin, m, piece):
+            if widen(rows.raw[i], rows.codes[i], at, m, piece):
                 bad |= 1
             if i == 0:
                 for j in range(m):
@@ -58,9 +60,9 @@ def weighted_sum(
 
 @kernel
 def weighted_deltas(
-    raw: npt.NDArray[np.uint8],
-    codes: npt.NDArray[np.int64],
+    rows: Rows,
     n: int,
+    step: int,
     coefficients: npt.NDArray[np.float32],
     divisor: np.float32,
     scale: np.float32,
@@ -76,11 +78,13 @@ def weighted_deltas(
     term = np.empty(PIECE, np.float32)
     for begin in range(0, n, PIECE):
         m = min(PIECE, n - begin)
-        if widen(raw[models], codes[models], begin, m, base):
+        bad |= fill(rows, begin, n, step)
+        at = begin % step
+        if widen(rows.raw[models], rows.codes[models], at, m, base):
             bad |= 1
         for i in range(models):
             c = coefficients[i]
-            if widen(raw[i], codes[i], begin, m, term):
+            if widen(rows.raw[i], rows.codes[i], at, m, term):
                 bad |= 1
             if i == 0:
                 for j in range(m):
@@ -99,52 +103,4 @@ def weighted_deltas(
         add_drift(total, base, m, drift)
         if narrow(total, m, out, out_code, begin):
             bad |= 2
-    return bad
-
-
-@kernel
-def span_of_sum(
-    rows: Rows,
-    n: int,
-    step: int,
-    coefficients: Float32,
-    divisor: np.float32,
-    out: Bytes,
-    out_code: int,
-    drift: npt.NDArray[np.float64],
-    reference: int,
-) -> int:
-    """`weighted_sum` over a span."""
-    bad = 0
-    for at in range(0, n, step):
-        m = min(step, n - at)
-        bad |= fill(rows, at, m)
-        to = out[at * WIDTHS[out_code] :]
-        bad |= weighted_sum(rows.raw, rows.codes, m, coefficients, divisor, to, out_code, drift, reference)
-        if bad:
-            break
-    return bad
-
-
-@kernel
-def span_of_deltas(
-    rows: Rows,
-    n: int,
-    step: int,
-    coefficients: Float32,
-    divisor: np.float32,
-    scale: np.float32,
-    out: Bytes,
-    out_code: int,
-    drift: npt.NDArray[np.float64],
-) -> int:
-    """`weighted_deltas` over a span."""
-    bad = 0
-    for at in range(0, n, step):
-        m = min(step, n - at)
-        bad |= fill(rows, at, m)
-        to = out[at * WIDTHS[out_code] :]
-        bad |= weighted_deltas(rows.raw, rows.codes, m, coefficients, divisor, scale, to, out_code, drift)
-        if bad:
-            break
     return bad
