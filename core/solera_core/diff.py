@@ -17,7 +17,6 @@ Two unrelated changes have a cosine near 0 and a sign conflict near one half.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from solera_core.headers import TensorInfo
 from solera_core.places import place_of
 from solera_core.progress import Progress, Silent, Task
 from solera_core.spectrum import effective_rank, singular_values, stable_rank
+from solera_core.threads import cores
 
 __all__ = ["Change", "Diff", "Pair", "Ranks", "TensorDiff", "diff", "is_matrix", "kind_of", "layer_label", "whole"]
 
@@ -327,7 +327,7 @@ def diff(
         CheckpointError: a weight cannot be read.
     """
     comparison = _Comparison(base, models, sample)
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or cores()
     progress = progress or Silent()
     found = _elementwise(comparison, threads, progress)
     ranked = _ranks(comparison, found, threads, progress) if ranks else {}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from solera_core.errors import ConfigError
 from solera_core.progress import Progress
+from solera_core.threads import torch_threads
 from solera_distill.batches import Corpus, MicroBatch, Order, micro_batches
 from solera_distill.heldout import HeldOut, measure
 from solera_distill.objective import StudentWithObjective, half, hidden_states, output_matrix
@@ -54,19 +55,17 @@ class Settings:
 def deterministic(threads: int | None) -> Iterator[None]:
     """Deterministic kernels, `threads` threads, and the caller's random state as it was, for the time of a run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to repeat a matrix product exactly
-    kernels, count = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    kernels = torch.are_deterministic_algorithms_enabled()
     memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     memory.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor twice
-    torch.set_num_threads(threads or count)
     try:
-        with torch.random.fork_rng():
+        with torch_threads(threads), torch.random.fork_rng():
             yield
     finally:
         torch.use_deterministic_algorithms(kernels)
         memory.fill_uninitialized_memory = fill
-        torch.set_num_threads(count)
 
 
 def train(

@@ -1,9 +1,7 @@
 """The evaluation stage: models and suites in, a directory of evidence (and a verdict) out."""
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from solera_core.fold import loadable
 from solera_core.plan import Plan
 from solera_core.route import Route, find_route, open_route
 from solera_core.staging import check_apart, check_target, staged
+from solera_core.threads import torch_threads
 from solera_eval.config import EvalConfig
 from solera_eval.gate import check_policy, compare
 from solera_eval.records import METRIC_OF, ItemRecord, Results, TaskResult, summarise, write_results
@@ -89,7 +88,7 @@ def evaluate(config: EvalConfig, out: Path, ctx: Context) -> Path:
     for model in models.values():
         if isinstance(model, Route):
             model.require_unchanged()
-    with staged(out, overwrite=ctx.overwrite) as staging, _threads(ctx.threads):
+    with staged(out, overwrite=ctx.overwrite) as staging, torch_threads(ctx.threads):
         results: dict[str, Results] = {}
         for name, model in models.items():
             if isinstance(model, Route):
@@ -221,18 +220,6 @@ def _evaluate_one(
         settings=settings_of(config, describe_prefix(tokenizer)),
         where=name,
     )
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -5,7 +5,6 @@
 Nothing here reads a weight. The plan is pure data: it can be printed, hashed, and executed later or elsewhere.
 """
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -22,6 +21,7 @@ from solera_core.errors import CheckpointError, ResourceError
 from solera_core.licence import concerns, read_licence
 from solera_core.plan import Plan
 from solera_core.ranges import stamp
+from solera_core.threads import cores
 from solera_core.version import __version__
 from solera_core.writer import TensorSpec, layout
 from solera_merge.block import BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS, block_starts
@@ -329,7 +329,7 @@ def require_memory(tensors: Sequence[TensorPlan], ctx: Context) -> None:
 
 def worker_threads(ctx: Context) -> int:
     """Threads that merge tensors: as the caller says, else one a core that this process may use."""
-    return ctx.threads if ctx.threads is not None else len(os.sched_getaffinity(0))
+    return ctx.threads if ctx.threads is not None else cores()
 
 
 def _row(tensor: TensorPlan, models: Models, parameters: Sequence[str]) -> dict[str, Any]:

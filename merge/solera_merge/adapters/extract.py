@@ -32,6 +32,7 @@ from solera_merge.adapters.low_rank import Factors, Keep, decompose, residual
 from solera_merge.adapters.writing import AdapterOutput, target_names
 from solera_merge.masks import key
 from solera_merge.memory import Budget, default_memory_bytes, keep_freed_memory
+from solera_merge.plan import worker_threads
 from solera_merge.problems import Problems, some
 
 if TYPE_CHECKING:
@@ -374,7 +375,7 @@ def _capture(
     from threadpoolctl import threadpool_limits
 
     keep_freed_memory()
-    threads = ctx.threads if ctx.threads is not None else _cores()
+    threads = worker_threads(ctx)
     budget = Budget(default_memory_bytes() if ctx.memory_bytes is None else ctx.memory_bytes)
     total = sum(math.prod(piece.shape) for piece in pieces)
     tied = not any(is_head(piece.stored[0]) for piece in pieces)
@@ -577,9 +578,3 @@ def _most_bytes(piece: _Piece, config: ExtractConfig, base: Checkpoint, tuned: C
 
 def _work_bytes(piece: _Piece) -> int:
     return 4 * (_WORK * math.prod(piece.shape) if piece.place in _LOW_RANK else 4 * _BLOCK)
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0))

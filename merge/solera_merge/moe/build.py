@@ -5,9 +5,8 @@ open_inputs -> write_moe -> check_output -> check_identity -> fit_routers -> tun
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from solera_core.errors import ConfigError
 from solera_core.output import InputRecord, check_output, data_record, input_record, write_provenance
 from solera_core.plan import Plan
 from solera_core.staging import check_apart, check_target, require_disk, staged
+from solera_core.threads import torch_threads
 from solera_core.writer import layout
 from solera_merge.moe.calibration import Domain, read_domains
 from solera_merge.moe.config import MoeConfig
@@ -61,7 +61,7 @@ def build_moe(config: MoeConfig, out: Path, ctx: Context) -> Path:
     ctx.progress.note("reading the inputs for their digests")
     records = _records(config, inputs, ctx)
     _check_contents(inputs, records)
-    with _torch_threads(ctx.threads), staged(out, overwrite=ctx.overwrite) as staging:
+    with torch_threads(ctx.threads), staged(out, overwrite=ctx.overwrite) as staging:
         checks, digests = _build(config, inputs, domains, warnings, staging, ctx)
         write_provenance(
             staging,
@@ -306,16 +306,3 @@ def _distances(identity: Identity) -> list[str]:
                 "which take their place"
             )
     return found
-
-
-@contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -12,6 +12,7 @@ from solera_core.causal_lm import load_model, load_tokenizer
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import DataError
+from solera_merge.figures import rounded
 from solera_merge.moe.calibration import Domain, Sequences, tokenize
 from solera_merge.moe.config import MoeConfig, RouterConfig
 from solera_merge.moe.inputs import Inputs
@@ -189,25 +190,20 @@ def tune_routers(
     for e, (name, text) in enumerate(zip(names, held_out, strict=True)):
         with first_choices(model, len(names)) as counts_LE:
             tuned[name] = mean_nll(model, text)
-        share[name] = [_figures(value) for value in counts_LE[:, e] / counts_LE.sum(axis=1)]
+        share[name] = [rounded(value) for value in counts_LE[:, e] / counts_LE.sum(axis=1)]
         with forced_route(model, e):
             oracle[name] = mean_nll(model, text)
     return digests, {
         "fit": "ridge",
-        "temperature": _figures(1 / scale),
-        "tried": {f"{1 / s:.4g}": _figures(value) for s, value in sorted(tried.items(), reverse=True)},
+        "temperature": rounded(1 / scale),
+        "tried": {f"{1 / s:.4g}": rounded(value) for s, value in sorted(tried.items(), reverse=True)},
         "tokens_fit": {name: text.tokens for name, text in zip(names, calibration.fit, strict=True)},
         "tokens_held_out": {name: text.scored for name, text in zip(names, held_out, strict=True)},
         "route_accuracy": share,
         "held_out_nll": {
-            "at_temperature_1": _figures(untuned),
-            "mean": _figures(float(np.mean(list(tuned.values())))),
-            "domains": {name: _figures(value) for name, value in tuned.items()},
-            "oracle_routed": {name: _figures(value) for name, value in oracle.items()},
+            "at_temperature_1": rounded(untuned),
+            "mean": rounded(float(np.mean(list(tuned.values())))),
+            "domains": {name: rounded(value) for name, value in tuned.items()},
+            "oracle_routed": {name: rounded(value) for name, value in oracle.items()},
         },
     }
-
-
-def _figures(value: float) -> float:
-    """Five figures: a record that reads well and does not change with the last bit."""
-    return float(f"{value:.5g}")

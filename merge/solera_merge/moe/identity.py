@@ -27,6 +27,7 @@ from solera_core.causal_lm import load_model, save_model
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import VerificationError
+from solera_merge.figures import rounded
 from solera_merge.moe.inputs import Inputs
 from solera_merge.moe.router import random_router
 from solera_merge.moe.routing import forced_route
@@ -235,7 +236,7 @@ def _difference(found: "torch.Tensor", expected: "torch.Tensor", what: str) -> f
             f"({largest:.3g}), more than {TOLERANCE:g}; nothing was written. The model computes something that its "
             "config does not say or that solera does not carry over: please report it with its config.json"
         )
-    return _figures(difference)
+    return rounded(difference, 2)
 
 
 def _agreement(copies: Path, dense: Path, ids: "torch.Tensor", dtype: str) -> float:
@@ -247,7 +248,7 @@ def _agreement(copies: Path, dense: Path, ids: "torch.Tensor", dtype: str) -> fl
             f"identity check: in {dtype} only {share:.1%} of the most probable tokens agree with the dense model's, "
             f"less than {AGREEMENT:.0%}; nothing was written"
         )
-    return _figures(share)
+    return rounded(share, 2)
 
 
 def _put_trunk(moe: "PreTrainedModel", tensors: Mapping[str, np.ndarray]) -> None:
@@ -272,11 +273,7 @@ def _distance(a: "PreTrainedModel", b: "PreTrainedModel", *, ffn: bool) -> float
         if (".mlp." in name) == ffn:
             squares += float((theirs[name] - tensor).norm()) ** 2
             norm += float(tensor.norm()) ** 2
-    return _figures(math.sqrt(squares / norm)) if norm else 0.0
-
-
-def _figures(value: float) -> float:
-    return float(f"{value:.2g}")
+    return rounded(math.sqrt(squares / norm), 2) if norm else 0.0
 
 
 def _new(directory: Path) -> Path:

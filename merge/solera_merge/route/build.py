@@ -4,8 +4,7 @@ open models -> read text -> losses of every model on every document -> features 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,8 @@ from solera_core.output import InputRecord, data_record, input_record, write_pro
 from solera_core.plan import Plan
 from solera_core.route import Loader, confidences, directions, mean_states, request_of, write_route
 from solera_core.staging import check_apart, check_target, require_disk, staged
+from solera_core.threads import torch_threads
+from solera_merge.figures import rounded
 from solera_merge.moe.calibration import read_domains
 from solera_merge.route.config import RouteConfig
 from solera_merge.route.fit import (
@@ -112,7 +113,7 @@ def build_route(config: RouteConfig, out: Path, ctx: Context) -> Path:
     records = {name: input_record(model, name, attest=ctx.attest) for name, model in inputs.specialists.items()}
     base = None if inputs.base is None else input_record(inputs.base, "base", attest=ctx.attest)
     _refuse_equal(list(records.values()))
-    with _torch_threads(ctx.threads), staged(out, overwrite=ctx.overwrite) as staging:
+    with torch_threads(ctx.threads), staged(out, overwrite=ctx.overwrite) as staging:
         load = Loader(ctx, dtype=config.dtype, keep=1)
         losses = _measure(config, inputs, text, load, ctx)
         fitted = _fit(config, inputs, text, losses, load, ctx)
@@ -335,7 +336,7 @@ def _fit(config: RouteConfig, inputs: _Inputs, text: _Text, losses: _Losses, loa
         for fold in range(_FOLDS):
             answers[fold::_FOLDS] = fit(np.delete(seen, np.s_[fold::_FOLDS])).decide(x_ND[seen[fold::_FOLDS]])
         loss, accuracy = per_byte_NE[seen, answers].mean(), (answers == labels_N[seen]).mean()
-        figures = {"bits_per_byte": _figures(loss / math.log(2)), "accuracy": _figures(accuracy)}
+        figures = {"bits_per_byte": rounded(loss / math.log(2)), "accuracy": rounded(accuracy)}
         tried.append({"method": name, **setting, **figures})
     best = min(range(len(fits)), key=lambda i: (tried[i]["bits_per_byte"], -tried[i]["accuracy"], i))
     method, setting, fit = fits[best]
@@ -414,7 +415,7 @@ def _report(inputs: _Inputs, text: _Text, losses: _Losses, fitted: _Fitted, warn
             "specialists": {name: row(rows, np.full(len(domains_N), e)) for e, name in enumerate(names)},
             "routed": row(rows, answer_N),
             "oracle": row(rows, best_N),
-            "sent_to": {name: _figures(float((answer_N[rows] == e).mean())) for e, name in enumerate(names)},
+            "sent_to": {name: rounded(float((answer_N[rows] == e).mean())) for e, name in enumerate(names)},
         }
 
     def mean(of: Any) -> float:
@@ -451,12 +452,12 @@ def _report(inputs: _Inputs, text: _Text, losses: _Losses, fitted: _Fitted, warn
             for domain in by_domain
         },
         "accuracy": {
-            "best": _figures(float((answer_N == best_N)[held_out].mean())),
-            "domain": None if right_N is None else _figures(float(right_N[held_out].mean())),
-            "chance": _figures(1 / len(names)),
+            "best": rounded(float((answer_N == best_N)[held_out].mean())),
+            "domain": None if right_N is None else rounded(float(right_N[held_out].mean())),
+            "chance": rounded(1 / len(names)),
         },
         "held_out": by_domain,
-        "mean_bits_per_byte": {name: _figures(value) for name, value in means.items()},
+        "mean_bits_per_byte": {name: rounded(value) for name, value in means.items()},
         "active_parameters": round(fitted.parameters),
         "warnings": said,
     }
@@ -464,21 +465,4 @@ def _report(inputs: _Inputs, text: _Text, losses: _Losses, fitted: _Fitted, warn
 
 def _loss(nats: float, tokens: float, size: float) -> dict[str, float]:
     """`nll` in nats a token of the model's own, and bits a byte, which every tokenizer shares."""
-    return {"nll": _figures(float(nats / tokens)), "bits_per_byte": _figures(float(nats / math.log(2) / size))}
-
-
-def _figures(value: float) -> float:
-    """Five figures: a record that reads well and does not change with the last bit."""
-    return float(f"{value:.5g}")
-
-
-@contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return {"nll": rounded(float(nats / tokens)), "bits_per_byte": rounded(float(nats / math.log(2) / size))}

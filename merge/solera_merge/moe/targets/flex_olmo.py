@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from solera_merge.moe.targets.engines import Doubts, only_silu
-from solera_merge.moe.targets.target import Sizes, Slot, Target
+from solera_merge.moe.targets.target import SLOTS, Sizes, Target
 
 __all__ = ["TARGET"]
 
@@ -37,11 +37,7 @@ TARGET: Final = Target(
     homes={"attention_bias": ("none", "qkvo"), "qk_norm": ("width",), "norms": ("after",)},
     router="model.layers.{layer}.mlp.gate.weight",
     router_path="model.layers.{layer}.mlp.gate",
-    slots=(
-        Slot("mlp.experts.{e}.gate_proj.weight"),
-        Slot("mlp.experts.{e}.up_proj.weight"),
-        Slot("mlp.experts.{e}.down_proj.weight"),
-    ),
+    slots=SLOTS,
     settings=_settings,
     engines=_engines,
 )

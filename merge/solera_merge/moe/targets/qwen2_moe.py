@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from solera_merge.moe.targets.engines import Doubts, only_silu, own_head_size
-from solera_merge.moe.targets.target import Sizes, Slot, Target
+from solera_merge.moe.targets.target import SLOTS, Sizes, Target
 
 __all__ = ["TARGET"]
 
@@ -72,11 +72,7 @@ TARGET: Final = Target(
     homes={"attention_bias": ("none", "qkv"), "sliding_window": (), "layer_types": ()},
     router="model.layers.{layer}.mlp.gate.weight",
     router_path="model.layers.{layer}.mlp.gate",
-    slots=(
-        Slot("mlp.experts.{e}.gate_proj.weight"),
-        Slot("mlp.experts.{e}.up_proj.weight"),
-        Slot("mlp.experts.{e}.down_proj.weight"),
-    ),
+    slots=SLOTS,
     settings=_settings,
     engines=_engines,
     zeros=_zeros,

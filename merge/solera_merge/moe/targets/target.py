@@ -13,7 +13,7 @@ from solera_core.errors import CheckpointError
 from solera_merge.moe.dense import FFN, dense_shapes
 from solera_merge.moe.families import PLAIN
 
-__all__ = ["ENGINES", "ROUTER_INPUT", "Engine", "Piece", "Sizes", "Slot", "Target", "Verdict"]
+__all__ = ["ENGINES", "ROUTER_INPUT", "SLOTS", "Engine", "Piece", "Sizes", "Slot", "Target", "Verdict"]
 
 Engine = Literal["transformers", "vllm", "llama.cpp"]
 ENGINES: Final[tuple[Engine, ...]] = ("transformers", "vllm", "llama.cpp")
@@ -77,6 +77,14 @@ class Slot:
 
     name: str
     half: int | None = None
+
+
+SLOTS: Final = (
+    Slot("mlp.experts.{e}.gate_proj.weight"),
+    Slot("mlp.experts.{e}.up_proj.weight"),
+    Slot("mlp.experts.{e}.down_proj.weight"),
+)
+"""Where most targets have them: experts beside each other, under a Llama's names."""
 
 
 @dataclass(frozen=True)
