@@ -49,10 +49,17 @@ class Sequences:
         """Tokens that a likelihood counts: targets, less the first of every sequence, which nothing predicts."""
         return sum(sum(sequence[1:]) for sequence in self.targets)
 
-    def document_at(self, token: int) -> str:
-        """The document that a token is of, for messages."""
-        found = [document for first, document in self.documents if first <= token]
-        return found[-1] if found else "?"
+    def documents_of(self, token: int) -> str:
+        """The documents in the sequence of a token, for messages: what is wrong in one spoils its sequence."""
+        end = 0
+        for ids in self.ids:
+            begin, end = end, end + len(ids)
+            if token < end:
+                break
+        edges = [*(first for first, _ in self.documents), self.tokens]
+        spans = zip(edges, edges[1:], self.documents, strict=False)
+        found = [document for first, stop, (_, document) in spans if first < end and stop > begin]
+        return " to ".join(dict.fromkeys((found[0], found[-1]))) if found else "?"
 
 
 def read_domains(

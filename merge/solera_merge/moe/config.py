@@ -1,6 +1,6 @@
-"""What a `moe` stage may say: the trunk, the experts, and how the router is made.
+"""What a `moe` stage may say: the base, the experts, and how the router is made.
 
-    trunk: base
+    base_model: base
     experts: [{name: math, model: math}, {name: code, model: runs/code}]
     top_k: 2
     router: {fit: ridge, data: {math: data/math.jsonl, code: data/code.jsonl}}
@@ -8,6 +8,7 @@
 Read docs/moe.md for what the settings do to the result.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -149,16 +150,18 @@ class MoeConfig(Strict):
     Attributes:
         target: the format; `auto`: the one that holds the models exactly and that most of `engines` run exactly.
         engines: that shall run it.
-        trunk: the model that attention, norms, embeddings and head are taken from.
-        extend: a MoE built by solera, in the place of `trunk`: its trunk and its experts stay, `experts` come behind
-            them, and its router is fitted anew from the sums saved beside it; only the new experts need text.
+        base_model: that the experts were tuned from.
+        trunk: where attention, norms, embeddings and head come from.
+        extend: a MoE built by solera, in the place of `base_model`: its trunk and its experts stay, `experts` come
+            behind them, and its router is fitted anew from the sums saved beside it; only the new experts need text.
         experts: two or more specialists; with `extend` one or more.
         top_k: experts that work on a token.
         dtype: of everything written; null keeps the trunk's own, tensor by tensor.
         router: how tokens find their experts.
     """
 
-    trunk: str | None = Field(default=None, min_length=1)
+    base_model: str | None = Field(default=None, min_length=1)
+    trunk: Literal["base"] = "base"
     extend: str | None = Field(default=None, min_length=1)
     experts: tuple[ExpertConfig, ...] = Field(min_length=1)
     top_k: int = Field(default=2, ge=1)
@@ -172,7 +175,14 @@ class MoeConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _mergekit(cls, settings: Any) -> Any:
-        return from_mergekit(settings) if is_mergekit(settings) else settings
+        if is_mergekit(settings):
+            return from_mergekit(settings)
+        if isinstance(settings, Mapping) and "trunk" in settings and "base_model" not in settings:
+            raise ValueError(
+                "base_model: missing; it names the model that the experts were tuned from. (`trunk` says which weights "
+                "the attention, norms and embeddings come from, and may be left out)"
+            )
+        return settings
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -187,16 +197,16 @@ class MoeConfig(Strict):
             if refs.count(ref) > 1
         ]
         if self.extend is None:
-            if self.trunk is None:
-                problems.append("trunk: is missing")
+            if self.base_model is None:
+                problems.append("base_model: is missing")
             if len(names) < 2:
                 problems.append("experts: at least 2 are needed")
             if self.top_k > len(names):
                 problems.append(f"top_k: {self.top_k} experts a token asked, but there are only {len(names)}")
             problems += data_problems(self.router, names)
         else:
-            if self.trunk is not None:
-                problems.append("trunk: extend keeps the trunk of the MoE that it extends; remove one of the two")
+            if self.base_model is not None:
+                problems.append("base_model: extend keeps the trunk of the MoE that it extends; remove one of the two")
             problems += extend_problems(self.router, names)
         problems += prompt_problems(self.experts, self.router.fit)
         if problems:

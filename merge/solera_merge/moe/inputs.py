@@ -75,8 +75,8 @@ def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
     """
     old = None if config.extend is None else open_old(config.extend, ctx)
     if old is None:
-        assert config.trunk is not None  # the config says so
-        trunk = read_dense("trunk", open_checkpoint(config.trunk, ctx))
+        assert config.base_model is not None  # the config says so
+        trunk = read_dense("trunk", open_checkpoint(config.base_model, ctx))
     else:
         trunk = old.trunk
         _check_extension(old, config)
@@ -156,7 +156,7 @@ def _check_distinct(config: MoeConfig, trunk: Dense, experts: list[Dense], ctx: 
                 "two equal experts only waste memory"
             )
         seen[where] = expert.name
-    same = seen.get(place(config.trunk, trunk)) if config.trunk is not None else None
+    same = seen.get(place(config.base_model, trunk)) if config.base_model is not None else None
     return [f"expert {same!r} is the trunk itself: its feed-forward networks are the untuned ones"] if same else []
 
 

@@ -193,9 +193,9 @@ def _not_finite(x_ND: "torch.Tensor", chunk: Chunk, texts: Sequence[Taught], lay
 
     row = int((~torch.isfinite(x_ND)).any(dim=1).nonzero()[0])
     taught = texts[chunk.text]
-    document = taught.text.document_at(chunk.start - _first(texts, chunk.text) + row)
+    documents = taught.text.documents_of(chunk.start - _first(texts, chunk.text) + row)
     return CheckpointError(
-        f"{taught.where}: document {document} gives states that are NaN or infinite at layer {layer}, under that "
+        f"{taught.where}: text of {documents} gives states that are NaN or infinite at layer {layer}, under that "
         "expert's feed-forward networks; the model or its number format is damaged, or the text is none it can read"
     )
 

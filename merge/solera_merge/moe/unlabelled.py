@@ -75,8 +75,8 @@ def token_nll(model: Dense, text: Sequences, *, where: str, scratch: Path, ctx: 
             task=task,
         )
     if not np.isfinite(nll_N).all():
-        document = text.document_at(int(np.argmin(np.isfinite(nll_N))))
-        raise CheckpointError(f"{where}: {model.name} gives document {document} a loss that is NaN or infinite")
+        documents = text.documents_of(int(np.argmin(np.isfinite(nll_N))))
+        raise CheckpointError(f"{where}: {model.name} gives text of {documents} a loss that is NaN or infinite")
     return nll_N
 
 
@@ -101,7 +101,7 @@ def label_by_specialists(
             part = Sequences(
                 tuple(text.ids[i] for i in numbers),
                 tuple(text.targets[i] for i in numbers),
-                tuple((int(b), text.document_at(int(starts[i]))) for b, i in zip(begins, numbers, strict=False)),
+                tuple((int(b), text.documents_of(int(starts[i]))) for b, i in zip(begins, numbers, strict=False)),
             )
             found.append(Taught(e, where, part, np.concatenate([labels[i] for i in numbers])))
     return found
