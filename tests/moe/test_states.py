@@ -87,16 +87,12 @@ def test_nan_states_name_layer_domain_and_document(siblings: dict[str, Path], tm
     text = Sequences(ids, ((True,) * 20,) * 2, ((0, "a.jsonl:1"), (15, "a.jsonl:7"), (30, "a.jsonl:9")))
     with torch.no_grad():  # the model is small enough to be kept, so what is damaged here is what runs
         layers.load(0).get_parameter("model.embed_tokens.weight")[7] = float("nan")
-    with pytest.raises(
-        CheckpointError, match=r"data.0: text of a.jsonl:7 to a.jsonl:9 gives states .* layer 0"
-    ):
+    with pytest.raises(CheckpointError, match=r"data.0: text of a.jsonl:7 to a.jsonl:9 gives states .* layer 0"):
         statistics(siblings["base"], [expert], [text], tmp_path, layers)
     layers = dense_layers(base, base, tmp_path / "layer", threads=1)
     with torch.no_grad():
         layers.load(1).get_parameter("model.layers.0.self_attn.q_proj.weight").fill_(float("nan"))
-    with pytest.raises(
-        CheckpointError, match=r"data.0: text of a.jsonl:1 to a.jsonl:7 gives states .* layer 1"
-    ):
+    with pytest.raises(CheckpointError, match=r"data.0: text of a.jsonl:1 to a.jsonl:7 gives states .* layer 1"):
         statistics(siblings["base"], [expert], [text], tmp_path, layers)
 
 
