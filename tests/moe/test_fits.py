@@ -235,6 +235,23 @@ def test_the_router_on_disk_is_the_candidate_that_won(
         np.testing.assert_allclose(load_file(auto / "model.safetensors")[name], tensor, rtol=1e-3, atol=1e-6)
 
 
+def test_layers_that_are_loaded_anew_each_time_give_the_same_bytes(
+    tmp_path: Path,
+    two: Path,
+    siblings: dict[str, Path],
+    specialists: dict[str, Path],
+    domain_text: dict[str, Path],
+    build: Build,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("solera_merge.moe.layers._KEEP_BYTES", 0)
+    names = ("letters", "digits")
+    experts, data = ({n: files[n] for n in names} for files in (specialists, domain_text))
+    out = build(tmp_path / "moe", siblings["base"], experts, data=data, router={"temperature": 0.1})
+    for file in ("model.safetensors", "solera.json", STATISTICS_FILE):
+        assert (out / file).read_bytes() == (two / file).read_bytes()
+
+
 def test_unlabelled_text_alone(
     tmp_path: Path, siblings: dict[str, Path], specialists: dict[str, Path], one_mix: Path, build: Build
 ) -> None:
