@@ -76,7 +76,8 @@ def make(root: Path, experts: int, layers: int, hidden: int) -> int:
         bos_token_id=0,
         eos_token_id=1,
     )
-    model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16)
     size = 4 * sum(p.numel() for p in model.parameters())
     draw = random.Random(0)
     for e in range(-1, experts):
