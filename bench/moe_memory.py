@@ -78,7 +78,7 @@ def make(root: Path, experts: int, layers: int, hidden: int) -> int:
     )
     model: Any = LlamaForCausalLM(config)
     model.to(torch.bfloat16)
-    size = 4 * sum(p.numel() for p in model.parameters())
+    size: int = 4 * sum(p.numel() for p in model.parameters())
     draw = random.Random(0)
     for e in range(-1, experts):
         name = "base" if e < 0 else f"e{e}"
