@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from solera_core.data import DataSource
 from solera_core.strict import Strict, did_you_mean
 from solera_merge.moe.mergekit import from_mergekit, is_mergekit
+from solera_merge.moe.trunk_config import Trunk, named_models, trunk_problems
 
 __all__ = ["ExpertConfig", "MoeConfig", "RouterConfig", "prompt_problems"]
 
@@ -89,7 +90,8 @@ class MoeConfig(Strict):
         target: the format; `auto`: the one that holds the models exactly and that most of `engines` run exactly.
         engines: that shall run it.
         base_model: that the experts were tuned from.
-        trunk: where attention, norms, embeddings and head come from.
+        trunk: where attention, norms, embeddings and head come from: `base`, the `average` of the experts, the name of
+            one of them, `{merge: {...}}`, or `auto`: what is best on held-out text.
         experts: two or more specialists.
         top_k: experts that work on a token.
         dtype: of everything written; null keeps the trunk's own, tensor by tensor.
@@ -97,7 +99,7 @@ class MoeConfig(Strict):
     """
 
     base_model: str = Field(min_length=1)
-    trunk: Literal["base"] = "base"
+    trunk: Trunk = "base"
     experts: tuple[ExpertConfig, ...] = Field(min_length=2)
     top_k: int = Field(default=2, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -117,6 +119,9 @@ class MoeConfig(Strict):
                 "base_model: missing; it names the model that the experts were tuned from. (`trunk` says which weights "
                 "the attention, norms and embeddings come from, and may be left out)"
             )
+        if isinstance(settings, Mapping) and "trunk" in settings:
+            trunk = named_models(settings["trunk"], settings.get("base_model"), settings.get("experts"))
+            return {**settings, "trunk": trunk}
         return settings
 
     @model_validator(mode="after")
@@ -143,9 +148,10 @@ class MoeConfig(Strict):
                 f"router.data: no text for {', '.join(missing)}; fit: ridge needs some of every expert's domain "
                 "(or use fit: random and train the router)"
             )
-        if self.router.fit != "ridge" and self.router.data:
+        if self.router.fit != "ridge" and self.router.data and self.trunk != "auto":
             problems.append(f"router.data: fit: {self.router.fit} does not use it; remove it or use fit: ridge")
         problems += prompt_problems(self.experts, self.router.fit)
+        problems += trunk_problems(self.trunk, names, has_text=bool(self.router.data))
         if problems:
             raise ValueError("; ".join(problems))
         return self
