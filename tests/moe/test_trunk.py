@@ -62,8 +62,8 @@ def test_the_average_is_that_of_the_merge_engine(
     expected = np.mean([attention(path) for path in tuned.values()], axis=0)
     np.testing.assert_allclose(attention(out), expected, atol=1e-6)
     found = checks(out)["trunk"]
-    assert found["merge"]["recipe"]["merge_method"] == "linear"
-    assert len(found["merge"]["inputs"]) == 3
+    assert found["merge"]["recipe"]["merge_method"] == "task_arithmetic"
+    assert len(found["merge"]["inputs"]) == 4
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
@@ -73,7 +73,10 @@ def test_a_recipe_may_call_models_by_their_names(
     recipe = {
         "merge_method": "task_arithmetic",
         "base_model": "base",
-        "models": [{"model": "letters", "parameters": {"weight": 0.5}}, {"model": "signs", "parameters": {"weight": 2}}],
+        "models": [
+            {"model": "letters", "parameters": {"weight": 0.5}},
+            {"model": "signs", "parameters": {"weight": 2}},
+        ],
     }
     out = build(tmp_path / "moe", siblings["base"], tuned, trunk={"merge": recipe})
     base = attention(siblings["base"])
@@ -133,7 +136,7 @@ def test_a_merge_of_unknown_models_is_found_by_the_plan(
     moe_config: Callable[..., MoeConfig], siblings: dict[str, Path], tuned: dict[str, Path]
 ) -> None:
     recipe = {"merge_method": "linear", "models": [{"model": "nowhere", "parameters": {"weight": 1}}]}
-    with pytest.raises(ConfigError, match="'nowhere' not found"):
+    with pytest.raises(CheckpointError, match="'nowhere' not found"):
         plan_moe(moe_config(siblings["base"], tuned, trunk={"merge": recipe}), Context())
 
 

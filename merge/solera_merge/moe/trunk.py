@@ -16,7 +16,7 @@ import numpy as np
 
 from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
-from solera_core.errors import CheckpointError
+from solera_core.errors import CheckpointError, ConfigError
 from solera_core.provenance import read_provenance
 from solera_merge.config import MergeConfig
 from solera_merge.figures import rounded
@@ -145,7 +145,14 @@ def _one(name: str, recipe: MergeConfig | None, inputs: Inputs, place: Path, ctx
     from solera_merge.run import merge
 
     merge(recipe, place, replace(ctx, reload_check=False, flush=False))
-    return read_dense("trunk", open_checkpoint(str(place.resolve()), Context()))
+    trunk = read_dense("trunk", open_checkpoint(str(place.resolve()), Context()))
+    for field, value in inputs.base.fields.items():
+        if trunk.fields[field] != value:
+            raise ConfigError(
+                f"trunk: the merge has {field}: {trunk.fields[field]!r}, but {inputs.base.stored.ref} has {value!r}; "
+                "give it `base_model: base`, whose config it then gets"
+            )
+    return trunk
 
 
 def _oracle_nll(inputs: Inputs, held_out: Sequence[Sequences], scratch: Path, ctx: Context) -> list[float]:
