@@ -39,8 +39,8 @@ def tuned(specialists: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def checks(out: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((out / "solera.json").read_text())
-    return record["checks"]
+    found: dict[str, Any] = json.loads((out / "solera.json").read_text())["checks"]
+    return found
 
 
 def attention(path: Path) -> np.ndarray:

@@ -61,9 +61,8 @@ def named_models(trunk: Any, base_model: Any, experts: Any) -> Any:
 def trunk_problems(trunk: str | TrunkMerge, names: Iterable[str], *, has_text: bool) -> list[str]:
     """What is wrong with it."""
     names = list(names)
-    problems = [
-        f"experts: {name!r} is a word of `trunk`; call this expert otherwise" for name in names if name in KEYWORDS
-    ]
+    taken = [name for name in names if name in KEYWORDS]
+    problems = [f"experts: {name!r} is a word of `trunk`; call this expert otherwise" for name in taken]
     if isinstance(trunk, str) and trunk not in (*KEYWORDS, *names):
         problems.append(
             f"trunk: {trunk!r} is no expert{did_you_mean(trunk, (*KEYWORDS, *names))}; write base, average, auto, the "
@@ -74,17 +73,21 @@ def trunk_problems(trunk: str | TrunkMerge, names: Iterable[str], *, has_text: b
     return problems
 
 
-def candidates(trunk: str | TrunkMerge, base_model: str, experts: Iterable[str]) -> dict[str, MergeConfig | None]:
+def candidates(
+    trunk: str | TrunkMerge, base_model: str | None, experts: Iterable[str]
+) -> dict[str, MergeConfig | None]:
     """The trunks to be compared (or the only one), simplest first: by name the recipe of the merge; None: no merge."""
     models = list(experts)
     if isinstance(trunk, TrunkMerge):
         return {"merge": trunk.merge}
+    if base_model is None or trunk not in ("average", "auto"):  # (of a MoE that is extended the trunk stays)
+        return {trunk: None}
     # The average is written as that of the task vectors, which is the same: so config and tokenizer are the base's.
     found: dict[str, MergeConfig | None] = {"base": None}
     found["average"] = _task_arithmetic(base_model, models, weight=1, normalize=True)
     for scale in SCALES:
         found[f"task_arithmetic {scale:g}"] = _task_arithmetic(base_model, models, weight=scale)
-    return found if trunk == "auto" else {trunk: found.get(trunk)}
+    return found if trunk == "auto" else {trunk: found[trunk]}
 
 
 def _task_arithmetic(base_model: str, models: Iterable[str], **parameters: Any) -> MergeConfig:
