@@ -29,7 +29,15 @@ from solera_merge.moe.calibration import Domain, read_domains
 from solera_merge.moe.config import MoeConfig, RouterConfig
 from solera_merge.moe.dense import Dense, dense_shapes, is_ffn
 from solera_merge.moe.extend import trunk_digest
-from solera_merge.moe.fit import TEXT_FITS, Calibration, encode_domains, fit_routers, needs_trunk_copy, random_routers
+from solera_merge.moe.fit import (
+    TEXT_FITS,
+    Calibration,
+    about,
+    encode_domains,
+    fit_routers,
+    needs_trunk_copy,
+    random_routers,
+)
 from solera_merge.moe.identity import Identity, check_identity, checked_parameters
 from solera_merge.moe.inputs import Inputs, open_inputs
 from solera_merge.moe.layers import layer_bytes
@@ -228,7 +236,8 @@ def _costs(config: MoeConfig, inputs: Inputs, text: _Text, *, dense_bytes: int) 
         tried = round(tokens * router.holdout / (1 - router.holdout)) * TRIALS
         scratch = max(scratch, layer + 4 * width * max(2 * tokens, tried))
     if text.domains and router.fit in TEXT_FITS and router.fit != "nll":
-        sums = statistics_bytes(layers=inputs.trunk.layers, width=width, experts=experts)
+        said = about(inputs, "sha256:" + "0" * 64)
+        sums = statistics_bytes(layers=inputs.trunk.layers, width=width, experts=inputs.names, about=said)
     return _Costs(memory + (1 << 28), scratch, sums)
 
 

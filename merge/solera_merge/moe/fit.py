@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TEXT_FITS",
     "Calibration",
+    "about",
     "encode_domains",
     "fit_routers",
     "fits_asked",
@@ -242,6 +243,11 @@ def _rows(fit: str, sums: RouterStatistics, layer: LayerInputs, config: RouterCo
             return ridge_router(*of_sums, ridge=config.ridge)
 
 
+def about(inputs: Inputs, weights: str) -> dict[str, Any]:
+    """What `extend` needs to know besides the sums: the config of the dense trunk, and whose sums they are."""
+    return {"trunk_config": inputs.trunk.stored.config, "weights": weights}
+
+
 def _writer(directory: Path, inputs: Inputs, weights: str) -> StatisticsWriter:
     trunk = inputs.trunk
     return StatisticsWriter(
@@ -249,5 +255,5 @@ def _writer(directory: Path, inputs: Inputs, weights: str) -> StatisticsWriter:
         layers=trunk.layers,
         width=int(trunk.fields["hidden_size"]),
         experts=inputs.names,
-        about={"trunk_config": trunk.stored.config, "weights": weights},
+        about=about(inputs, weights),
     )

@@ -11,6 +11,7 @@ meet tensors that are no weights.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,25 +34,11 @@ class StatisticsWriter:
 
     def __init__(self, directory: Path, *, layers: int, width: int, experts: Sequence[str], about: Any) -> None:
         """`experts`: their names, in order; `about`: anything else that `StatisticsReader` shall give back (JSON)."""
-        triangle = width * (width + 1) // 2
-        shapes: dict[str, tuple[int, ...]] = {}
-        for layer in range(layers):
-            shapes |= {f"layers.{layer}.gram": (triangle,), f"layers.{layer}.sums": (len(experts), width)}
-        shapes["counts"] = (len(experts),)
-        header: dict[str, Any] = {
-            "__metadata__": {"experts": json.dumps(list(experts)), "about": json.dumps(about, sort_keys=True)}
-        }
-        begin = 0
-        for name, shape in shapes.items():
-            end = begin + 8 * int(np.prod(shape))
-            header[name] = {"dtype": "F64", "shape": list(shape), "data_offsets": [begin, end]}
-            begin = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        header, _ = _header(layers, width, experts, about)
         path = directory / STATISTICS_FILE
         path.parent.mkdir()
         self._file = path.open("xb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.write(header)
         self._upper = np.triu(np.ones((width, width), dtype=np.bool_))
         self._left = layers
         self._counts: np.ndarray | None = None
@@ -142,6 +129,29 @@ class StatisticsReader:
         return values
 
 
-def statistics_bytes(*, layers: int, width: int, experts: int) -> int:
-    """Size of the file, but for its header."""
-    return 8 * (layers * (width * (width + 1) // 2 + experts * width) + experts)
+def statistics_bytes(*, layers: int, width: int, experts: Sequence[str], about: Any) -> int:
+    """Size of the file that `StatisticsWriter` makes of the same arguments."""
+    header, data = _header(layers, width, experts, about)
+    return len(header) + data
+
+
+def _header(layers: int, width: int, experts: Sequence[str], about: Any) -> tuple[bytes, int]:
+    """The beginning of the file, and the bytes that follow."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(layers):
+        shapes |= {
+            f"layers.{layer}.gram": (width * (width + 1) // 2,),
+            f"layers.{layer}.sums": (len(experts), width),
+        }
+    shapes["counts"] = (len(experts),)
+    header: dict[str, Any] = {
+        "__metadata__": {"experts": json.dumps(list(experts)), "about": json.dumps(about, sort_keys=True)}
+    }
+    begin = 0
+    for name, shape in shapes.items():
+        end = begin + 8 * math.prod(shape)
+        header[name] = {"dtype": "F64", "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, begin
