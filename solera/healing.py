@@ -107,7 +107,9 @@ def build_trained(config: MoeConfig, out: Path, ctx: Context) -> Path:
 def _write_text(config: MoeConfig, directory: Path, ctx: Context) -> dict[str, tuple[str, str]]:
     """The text of every domain in two files, to train on and held out, by expert."""
     directory.mkdir(parents=True, exist_ok=True)
-    domains, _ = read_domains(config.router.data, base_dir=ctx.base_dir, holdout=config.router.holdout, seed=ctx.seed)
+    router = config.router
+    data = {expert.name: router.data[expert.name] for expert in config.experts}  # in one order, however it is written
+    domains, _ = read_domains(data, base_dir=ctx.base_dir, holdout=router.holdout, seed=ctx.seed)
     files: dict[str, tuple[str, str]] = {}
     for i, domain in enumerate(domains):
         pair = directory / f"{i}.jsonl", directory / f"{i}-held-out.jsonl"
