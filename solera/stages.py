@@ -236,20 +236,25 @@ def _references(kind: str, config: Strict) -> References:
 
 
 _MODEL_FIELDS = {"model", "base_model", "trunk", "from_", "source_model"}
+_TOKENIZER_FIELDS = {"tokenizer_source", "TokenizerConfig.source"}
 
 
 def _model_references(value: Any, field: str = "") -> Iterable[str]:
     """Every string in a field that holds a model reference, anywhere below."""
     if isinstance(value, BaseModel):
         for name in type(value).model_fields:
-            yield from _model_references(getattr(value, name), name)
+            yield from _model_references(
+                getattr(value, name), f"{type(value).__name__}.{name}" if name == "source" else name
+            )
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _model_references(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _model_references(item, field)
-    elif isinstance(value, str) and field in _MODEL_FIELDS:
+    elif isinstance(value, str) and (
+        field in _MODEL_FIELDS or (field in _TOKENIZER_FIELDS and value not in ("base", "union"))
+    ):
         yield value
 
 

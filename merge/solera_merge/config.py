@@ -121,8 +121,8 @@ class MergeConfig(Strict):
         dtype: of the output where `out_dtype` is not given. (mergekit also computes in it; here it is float32,
             unless the run is asked for mergekit's own bytes: `Context.compat`.)
         out_dtype: of the output; without either, each tensor keeps the widest dtype of its sources.
-        tokenizer_source: the output's tokenizer: `union`, `base` or one of the models. By default it is that of the
-            config's owner, and all models must have its tokens.
+        tokenizer_source: the output's tokenizer: `union`, `base` or that of any model, of this merge or not. By default
+            it is that of the config's owner, and all models must have its tokens.
         tokenizer: the same with settings of single tokens.
         chat_template: `auto`, a name, or the text of a template (`solera_merge.tokenizer.chat`).
         adapter: all models are LoRA adapters, and so is the output (`docs/adapters.md`).

@@ -212,7 +212,7 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     warnings += notes
     warnings += with_vocabulary(content, alignment)
     _check_vocabulary(tensors, content, models)
-    if not models.raw and not has_tokenizer(owner := models.checkpoints[alignment.donor]):
+    if not models.raw and not has_tokenizer(owner := models.at(alignment.donor)):
         warnings.append(f"{owner.path}: has no tokenizer, and no other model here has one: the output will have none")
     warnings += concerns([read_licence(c.ref, d) for c in models.checkpoints for d in c.directories])
     if config.parameters.get("int8_mask"):
@@ -254,6 +254,20 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
         }
         for i, c in enumerate(models.checkpoints)
     ]
+    if (tokenizer := models.tokenizer) is not None:
+        files = [file for file in tokenizer.sidecars if file.exists()]
+        reads.append(
+            {
+                "what": tokenizer.ref,
+                "licence": read_licence(tokenizer.ref, tokenizer.path).label,
+                "path": str(tokenizer.path),
+                "revision": tokenizer.revision,
+                "bytes": sum(file.stat().st_size for file in files),
+                "download_bytes": 0,
+                "tensors": 0,
+                "read as": "its tokenizer only",
+            }
+        )
     writes: list[Mapping[str, Any]] = [{"what": s.file, "bytes": s.nbytes} for s in layout(plan.specs)]
     writes += [{"what": f.name, "bytes": f.stat().st_size} for f in plan.sidecars]
     writes += [{"what": name, "bytes": len(content)} for name, content in plan.files.items()]

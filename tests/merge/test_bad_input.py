@@ -312,7 +312,7 @@ def test_layers_of_different_sizes_cannot_be_stacked(
             TASK | {"models": [{"model": "base", "parameters": {"weight": 0.5}}, "a"]},
             "models.0.parameters: 'weight' has no effect on the base",
         ),
-        (LINEAR | {"models": ["a", "b"], "tokenizer_source": "c"}, "tokenizer_source: 'c' is none of the models"),
+        (LINEAR | {"models": ["a", "b"], "tokenizer_source": "d"}, "tokenizer_source: 'd' is none of the models"),
     ],
 )
 def test_recipes_that_make_no_sense(refused: Refused, content: dict[str, Any], words: str) -> None:
