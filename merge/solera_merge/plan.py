@@ -87,6 +87,8 @@ class TensorPlan:
         experts: how many tensors this is, along its first axis: fused experts are merged one by one.
         mergekit: the number format in which mergekit's own method computes it (`solera_merge.compat`); None: the method
             of the catalogue does, in float32.
+        scratch: memory that reading all its sources takes besides what is read (dequantising): (bytes an element of a
+            block, bytes in any case).
     """
 
     name: str
@@ -99,6 +101,7 @@ class TensorPlan:
     keys: tuple[int, ...]
     experts: int = 1
     mergekit: str | None = None
+    scratch: tuple[int, int] = (0, 0)
 
     @property
     def spec(self) -> TensorSpec:
@@ -308,7 +311,8 @@ def tensor_bytes(tensor: TensorPlan, *, device: str = "cpu") -> int:
     item_bytes = _SVD_BYTES if unit == "matrices" else 4
     held = 0 if tensor.method == COPY else METHODS[tensor.method].held(shape, tensor.parameters)
     blocks = (len(tensor.sources) * 2 + _TEMPORARIES) * block * item_bytes
-    return blocks + len(tensor.models) * _SELECTION_BYTES + held
+    each, once = tensor.scratch
+    return blocks + len(tensor.models) * _SELECTION_BYTES + held + each * block + once
 
 
 def _block_elements(method: str, device: str) -> int:
@@ -447,7 +451,11 @@ def _tensor_plans(
         method = target.run.method.name
         keys = tuple(key(seed, target.name, models.ref(s.model)) for s in others)
         experts = fused_experts(target.name, shape, content)
-        plans.append(TensorPlan(target.name, dtype, shape, method, base, others, parameters, keys, experts))
+        each, once = zip(*(models.checkpoints[s.model].scratch(s.name) for s in sources), strict=True)
+        scratch = sum(each), sum(once)
+        plans.append(
+            TensorPlan(target.name, dtype, shape, method, base, others, parameters, keys, experts, scratch=scratch)
+        )
     return plans
 
 

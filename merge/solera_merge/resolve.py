@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from solera_core.errors import ConfigError
 from solera_core.strict import did_you_mean
 from solera_merge.config import MergeConfig
 from solera_merge.methods.catalogue import Method
@@ -67,7 +68,10 @@ def resolve(config: MergeConfig, targets: Sequence[Target], models: Models) -> l
 def _lookup(parameter: Parameter, levels: Iterable[Mapping[str, Any]], tensor: str, t: float) -> Any:
     for level in levels:
         if parameter.name in level:
-            value = evaluate(level[parameter.name], parameter, tensor, t)
+            try:
+                value = evaluate(level[parameter.name], parameter, tensor, t)
+            except ValueError as e:
+                raise ConfigError(f"parameters.{parameter.name}: {e} (for {tensor!r})") from e
             if value is not None:
                 return value
     return parameter.default

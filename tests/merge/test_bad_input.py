@@ -319,6 +319,12 @@ def test_recipes_that_make_no_sense(refused: Refused, content: dict[str, Any], w
     assert words in refused(ConfigError, **content)
 
 
+def test_a_gradient_between_whole_numbers(refused: Refused, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    models = [str(make_model(tmp_path / name, num_hidden_layers=3, seed=i)) for i, name in enumerate("xy")]
+    error = refused(ConfigError, merge_method="karcher", models=models, parameters={"max_iter": [1, 2]})
+    assert "parameters.max_iter: a gradient from 1 to 2 gives 1.5, no whole number (for 'model.layers.1." in error
+
+
 def test_the_same_model_by_another_name(refused: Refused, siblings: Siblings, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(siblings["a"])
     message = refused(ConfigError, **LINEAR, models=["a", "link"])
