@@ -276,6 +276,8 @@ def _key_file(out: Path, name: str) -> Path:
 def _key(stage: Stage, ctx: Context) -> str:
     """Hash of everything that goes into a stage: settings, seed, contents of its models and texts, our version."""
     from solera_core.checkpoint import open_checkpoint
+    from solera_core.provenance import tokenizer_record
+    from solera_core.raw import open_tokenizer
 
     models: dict[str, str] = {}
     for reference in stage.references.models:
@@ -284,6 +286,8 @@ def _key(stage: Stage, ctx: Context) -> str:
             models[reference] = directory_digest(made)
         else:
             models[reference] = open_checkpoint(reference, ctx).digest()
+    for reference in stage.references.tokenizers:
+        models[reference] = tokenizer_record(open_tokenizer(reference, ctx)).digest
     ingredients = {
         "kind": stage.kind,
         "config": stage.config.model_dump(mode="json", by_alias=True),

@@ -3,7 +3,7 @@
 Importing this file imports the configuration models only; torch and transformers come with `run`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,20 @@ KINDS = ("init", "tune", "merge", "moe", "route", "distill", "eval", "publish")
 
 @dataclass(frozen=True)
 class References:
-    """What a stage reads: models by reference as written, text by source, other stages' verdicts by stage name."""
+    """What a stage reads: models by reference as written, text by source, other stages' verdicts by stage name.
+
+    `tokenizers`: models, or directories that are none, of which only the tokenizer is read.
+    """
 
     models: tuple[str, ...] = ()
     data: tuple[DataSource, ...] = ()
     verdicts: tuple[str, ...] = ()
+    tokenizers: tuple[str, ...] = ()
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """All that may be the name of a stage that must be there first."""
+        return (*self.models, *self.tokenizers, *self.verdicts)
 
 
 @dataclass(frozen=True)
@@ -232,30 +241,34 @@ def _references(kind: str, config: Strict) -> References:
             assert isinstance(config, PublishConfig)
             return References((config.model,), (), (config.when,) if config.when else ())
         case _:
-            return References(tuple(dict.fromkeys(_model_references(config))), tuple(dict.fromkeys(_sources(config))))
+            models, sources = dict.fromkeys(_model_references(config)), dict.fromkeys(_sources(config))
+            return References(tuple(models), tuple(sources), tokenizers=_tokenizers(config, models))
 
 
 _MODEL_FIELDS = {"model", "base_model", "trunk", "from_", "source_model"}
-_TOKENIZER_FIELDS = {"tokenizer_source", "TokenizerConfig.source"}
 
 
 def _model_references(value: Any, field: str = "") -> Iterable[str]:
     """Every string in a field that holds a model reference, anywhere below."""
     if isinstance(value, BaseModel):
         for name in type(value).model_fields:
-            yield from _model_references(
-                getattr(value, name), f"{type(value).__name__}.{name}" if name == "source" else name
-            )
+            yield from _model_references(getattr(value, name), name)
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _model_references(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _model_references(item, field)
-    elif isinstance(value, str) and (
-        field in _MODEL_FIELDS or (field in _TOKENIZER_FIELDS and value not in ("base", "union"))
-    ):
+    elif isinstance(value, str) and field in _MODEL_FIELDS:
         yield value
+
+
+def _tokenizers(config: Strict, models: Collection[str]) -> tuple[str, ...]:
+    """The model that gives a merge's tokenizer, where it is none of those that are merged."""
+    from solera_merge.config import MergeConfig
+
+    wanted = config.wanted_tokenizer if isinstance(config, MergeConfig) else None
+    return () if wanted is None or wanted.source in ("base", "union", *models) else (wanted.source,)
 
 
 def _sources(value: Any) -> Iterable[DataSource]:

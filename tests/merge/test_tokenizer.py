@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from solera.rebuild import rebuild
+from solera.recipe import load_recipe
 from solera_core.context import Context
 from solera_core.errors import ConfigError
 from solera_core.provenance import read_provenance
@@ -245,6 +246,29 @@ def test_such_a_tokenizer_keeps_the_owners_ids_of_other_files(
         mine, own = weights(out)[name], weights(a)[name]
         np.testing.assert_allclose(mine[281], 0.2 * own[280], rtol=1e-6)
         np.testing.assert_allclose(mine[282:], 0.2 * own[282:296], rtol=1e-6)  # padding of both: the model's own
+
+
+def test_a_stage_gives_its_tokenizer(model: Model, tmp_path: Path) -> None:
+    """A directory without a config, and the name of an earlier stage, which is made first."""
+    from solera.pipeline import run_recipe
+
+    a, b = (model(n, byte_level(PROSE, 280, t), seed=i) for i, (n, t) in enumerate((("a", []), ("b", [("<x>", True)]))))
+    (tmp_path / "only").mkdir()
+    save(byte_level(PROSE, 280, [("<y>", True)]), tmp_path / "only")
+    text = f"""
+solera: 1
+stages:
+  last: {{merge: {{merge_method: passthrough, models: [{{model: {a}}}], tokenizer_source: first}}}}
+  other: {{merge: {{merge_method: passthrough, models: [{{model: {a}}}], tokenizer: {{source: {tmp_path / "only"}}}}}}}
+  first: {{merge: {{merge_method: passthrough, models: [{{model: {b}}}]}}}}
+"""
+    (tmp_path / "recipe.yml").write_text(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_recipe(load_recipe(tmp_path / "recipe.yml"), tmp_path / "run", Context())
+    stages = tmp_path / "run" / "stages"
+    assert vocabulary(stages / "last") == vocabulary(b)
+    assert vocabulary(stages / "other") == vocabulary(tmp_path / "only")
 
 
 def test_a_tokenizer_source_that_leads_nowhere(recipe: Recipe, model: Model, tmp_path: Path) -> None:
