@@ -160,6 +160,8 @@ class MergeConfig(Strict):
         named = self.modules or self.towers
         if named is not None:
             return dict(named.items())
+        if (self.models is None) == (self.slices is None):
+            return {None: OutputModule.model_construct(models=self.models, slices=self.slices)}  # refused elsewhere
         return {None: OutputModule(models=self.models, slices=self.slices)}
 
     def method_of(self, part: OutputModule) -> Method:
@@ -182,7 +184,7 @@ class MergeConfig(Strict):
         given = [key for key in ("models", "slices", "modules", "towers") if getattr(self, key) is not None]
         if len(given) != 1:
             both = f", not {' and '.join(given)}" if given else ""
-            raise ValueError(f"give one of `models`, `slices`, `modules` and `towers`{both}")
+            problems.append(f"give one of `models`, `slices`, `modules` and `towers`{both}")
         if self.towers is not None and self.base_model is None:
             problems.append("towers: need a base_model (the model whose towers they are, and that all else comes from)")
         if self.tokenizer_source is not None and self.tokenizer is not None:

@@ -380,7 +380,9 @@ def test_padded_rows_stay(
             np.testing.assert_allclose(merged[rows], 0.2 * x[rows] + 0.5 * y[rows], rtol=1e-5, atol=1e-8)
 
 
-def test_tokens_beyond_the_rows_are_left_out(recipe: Recipe, model: Model, weights: Weights, tmp_path: Path) -> None:
+def test_tokens_beyond_the_rows_are_left_out(
+    recipe: Recipe, run_mergekit: Callable[..., None], model: Model, weights: Weights, tmp_path: Path
+) -> None:
     """A tokenizer may have more tokens than the model has rows. mergekit gives the table too many rows, or stops."""
     a = model("a", byte_level(PROSE, 280, [("<x>", True), ("<y>", True)]), rows=281)
     b = model("b", byte_level(PROSE, 280, [("<z>", True)]), rows=280, seed=1)
@@ -391,6 +393,8 @@ def test_tokens_beyond_the_rows_are_left_out(recipe: Recipe, model: Model, weigh
     assert found["<x>"] == 280
     assert weights(out)[TABLES[0]].shape == (281, 32)
     cut = merge(recipe(**linear(b, a, tokenizer_source=str(b))), tmp_path / "cut", ctx)
+    with pytest.raises(KeyError, match="280"):  # the id of `<z>`
+        run_mergekit(linear(b, a, tokenizer_source=str(b)), tmp_path / "theirs")
     assert len(vocabulary(cut)) == config_of(cut)["vocab_size"] == 280
     trained = byte_level(PROSE, 280)
     c = model("c", trained, rows=270, seed=2)  # pieces with their merge rules go, too
