@@ -394,7 +394,7 @@ def test_tokens_beyond_the_rows_are_left_out(
     assert weights(out)[TABLES[0]].shape == (281, 32)
     cut = merge(recipe(**linear(b, a, tokenizer_source=str(b))), tmp_path / "cut", ctx)
     with pytest.raises(KeyError, match="280"):  # the id of `<z>`
-        run_mergekit(linear(b, a, tokenizer_source=str(b)), tmp_path / "theirs")
+        run_mergekit(linear(a, b, tokenizer_source=str(b), base_model=str(a)), tmp_path / "theirs")
     assert len(vocabulary(cut)) == config_of(cut)["vocab_size"] == 280
     trained = byte_level(PROSE, 280)
     c = model("c", trained, rows=270, seed=2)  # pieces with their merge rules go, too
