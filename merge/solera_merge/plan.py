@@ -32,7 +32,7 @@ from solera_merge.memory import default_memory_bytes
 from solera_merge.methods.catalogue import METHODS
 from solera_merge.models import Models, compare, family_of, open_models
 from solera_merge.problems import Problems
-from solera_merge.resolve import check_filters, resolve
+from solera_merge.resolve import check_filters, long_gradients, resolve
 from solera_merge.runs import parts_of
 from solera_merge.targets import Target, find_targets
 from solera_merge.tokenizer.align import Alignment, align_vocabularies
@@ -203,6 +203,7 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     resolved: list[dict[str, Any]] = []
     with problems.collected():
         resolved = resolve(config, targets, models) if sound else []
+    warnings += long_gradients(config, targets)
     problems.raise_any()
     tensors = _tensor_plans(config, targets, resolved, models, ctx.seed, problems)
     if ctx.compat is not None:

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 from solera_core.strict import did_you_mean
 from solera_merge.methods.signature import Parameter
 
-__all__ = ["Setting", "evaluate", "filters_of", "scalars_of"]
+__all__ = ["Setting", "evaluate", "filters_of", "gradients_of", "scalars_of"]
 
 Scalar: TypeAlias = bool | int | float | str
 
@@ -122,6 +122,14 @@ def scalars_of(setting: Any) -> Iterator[Any]:
         if isinstance(value, Sequence) and not isinstance(value, str):
             yield from value
         else:
+            yield value
+
+
+def gradients_of(setting: Any) -> Iterator[Sequence[Any]]:
+    """Every gradient that is written in a setting."""
+    for entry in _entries(setting):
+        value = entry["value"] if isinstance(entry, Mapping) else entry
+        if isinstance(value, Sequence) and not isinstance(value, str):
             yield value
 
 
