@@ -109,8 +109,8 @@ def long_gradients(config: MergeConfig, targets: Sequence[Target]) -> list[str]:
             levels[id(level)] = level
             places.setdefault(id(level), set()).add(target.t)
     return [
-        f"parameters.{name}: the gradient {list(gradient)} has {len(gradient)} values for {len(places[key])} layers: it "
-        "is read at the layers' places, and values between them are passed over"
+        f"parameters.{name}: the gradient {list(gradient)} has {len(gradient)} values for {len(places[key])} layers: "
+        "it is read at the layers' places, and values between them are passed over"
         for key, level in levels.items()
         for name, setting in level.items()
         for gradient in gradients_of(setting)
