@@ -29,7 +29,7 @@ __all__ = [
     "stage_config",
 ]
 
-KINDS = ("init", "tune", "merge", "moe", "route", "distill", "eval", "publish")
+KINDS = ("init", "tune", "merge", "extract-lora", "moe", "route", "distill", "eval", "publish")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,10 @@ def stage_config(kind: str) -> type[Strict]:
             from solera_merge.config import MergeConfig
 
             return MergeConfig
+        case "extract-lora":
+            from solera_merge.adapters.extract import ExtractConfig
+
+            return ExtractConfig
         case "moe":
             from solera_merge.moe.config import MoeConfig
 
@@ -212,6 +216,10 @@ def _functions(kind: str, config: Strict) -> tuple[_Plan, _Run]:
             from solera_merge.run import merge, plan_merge
 
             return plan_merge, merge
+        case "extract-lora":
+            from solera_merge.adapters.extract import extract_lora, plan_extract
+
+            return plan_extract, lambda config, out, ctx: extract_lora(config, out, ctx).out
         case "moe":
             from solera_merge.moe.build import build_moe, plan_moe
 
