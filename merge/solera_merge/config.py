@@ -126,6 +126,8 @@ class MergeConfig(Strict):
         tokenizer: the same with settings of single tokens.
         chat_template: `auto`, a name, or the text of a template (`solera_merge.tokenizer.chat`).
         adapter: all models are LoRA adapters, and so is the output (`docs/adapters.md`).
+        tensors: of files of weights, where one lacks a tensor: `intersection` leaves it out, `union` merges it from
+            those that have it. By default it is an error.
     """
 
     merge_method: str
@@ -141,6 +143,7 @@ class MergeConfig(Strict):
     tokenizer: TokenizerConfig | None = None
     chat_template: str | None = None
     adapter: AdapterSettings | None = None
+    tensors: Literal["intersection", "union"] | None = None
 
     @property
     def method(self) -> Method:

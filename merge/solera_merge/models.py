@@ -242,6 +242,10 @@ def _tower_sources(config: MergeConfig) -> list[tuple[str, str]]:
 def _are_files(references: Sequence[str], config: MergeConfig, ctx: Context, problems: Problems) -> bool:
     """Whether the models are files of weights; notes what is impossible then."""
     files = [ref for ref in references if is_weight_file(ref, ctx)]
+    if not files and config.tensors is not None:
+        problems.config(
+            f"tensors: {config.tensors} is for files of weights; models of one architecture have the same tensors"
+        )
     if not files:
         return False
     if others := [ref for ref in references if ref not in files]:

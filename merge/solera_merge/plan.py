@@ -197,7 +197,7 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
             beside = files_of(alignment, config)
     models = alignment.models
     warnings += [*alignment.warnings, *beside.warnings]
-    targets, notes = find_targets(parts, models, problems)
+    targets, notes = find_targets(parts, models, problems, config.tensors)
     warnings += notes
     _check_shapes(targets, models, problems, vocabularies=aligned)
     resolved: list[dict[str, Any]] = []
