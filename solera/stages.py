@@ -222,9 +222,12 @@ def _functions(kind: str, config: Strict) -> tuple[_Plan, _Run]:
 
             return plan_extract, lambda config, out, ctx: extract_lora(config, out, ctx).out
         case "moe":
+            from solera.healing import build_trained, is_trained, plan_trained
             from solera_merge.moe.build import build_moe, plan_moe
+            from solera_merge.moe.config import MoeConfig
 
-            return plan_moe, build_moe
+            assert isinstance(config, MoeConfig)
+            return (plan_trained, build_trained) if is_trained(config) else (plan_moe, build_moe)
         case "route":
             from solera_merge.route.build import build_route, plan_route
 
@@ -254,7 +257,7 @@ def _references(kind: str, config: Strict) -> References:
             return References(tuple(models), tuple(sources), tokenizers=_tokenizers(config, models))
 
 
-_MODEL_FIELDS = {"model", "base_model", "from_", "source_model"}
+_MODEL_FIELDS = {"model", "base_model", "from_", "source_model", "extend"}
 
 
 def _model_references(value: Any, field: str = "") -> Iterable[str]:

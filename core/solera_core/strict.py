@@ -187,7 +187,8 @@ def _unknown_first(e: ValidationError) -> list[ErrorDetails]:
 def _lines(model: type[BaseModel], e: ValidationError) -> list[str]:
     lines: list[str] = []
     for error in _unknown_first(e):
-        location = ".".join(str(part) for part in error["loc"])
+        # (a tag in brackets says which member of a union is meant, and stands in no file)
+        location = ".".join(str(part) for part in error["loc"] if not str(part).startswith("("))
         if error["type"] == "extra_forbidden":
             owner = _model_at(model, error["loc"][:-1])
             known = _keys(owner) if owner is not None else ()
