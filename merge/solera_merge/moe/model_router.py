@@ -5,7 +5,7 @@ over the first tokens of a request, and the better of nearest centroids and logi
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -120,33 +120,38 @@ def _mean_states(
     A token that all requests begin with is left out, unless there is nothing else.
     """
     layers = dense_layers(base, base, scratch / "layer", threads=ctx.threads)
-    chunks = chunks_of([Sequences((ids,), ((True,) * len(ids),)) for ids in requests])
-    found_ND = np.zeros((len(requests), layers.width))
+    order = sorted(range(len(requests)), key=lambda i: (len(requests[i]), i))  # those of one length make a batch
+    ids = tuple(requests[i] for i in order)
+    chunks = chunks_of([Sequences(ids, tuple((True,) * len(request) for request in ids))])
+    skips = [1 if len(request) > 1 and request[0] == first else 0 for request in ids]
+    means: list[Array] = []
     last = len(layers) - 1
 
     def way(model: "PreTrainedModel", layer: int, text: int) -> AbstractContextManager[None]:
-        return _keep_mean(model, requests[text], first, found_ND[text], wanted=layer == last)
+        del text
+        return _keep_means(model, skips, means) if layer == last else nullcontext()
 
     def ignore(way: int, chunk: Any, logits_BTV: "torch.Tensor") -> None:
         del way, chunk, logits_BTV
 
     with ctx.progress.task("router over whole models", len(layers), "layers") as task:
         run_layers(layers, chunks, [way], ignore, scratch=scratch, task=task)
+    found_ND = np.empty((len(requests), layers.width))
+    found_ND[order] = means
     return found_ND
 
 
 @contextmanager
-def _keep_mean(
-    model: "PreTrainedModel", ids: tuple[int, ...], first: int | None, mean_D: Array, *, wanted: bool
-) -> Iterator[None]:
+def _keep_means(model: "PreTrainedModel", skips: Sequence[int], means: list[Array]) -> Iterator[None]:
+    """Appends the mean state of every sequence of a batch, less its first `skips` tokens."""
+
     def hook(module: Any, args: Any, states_BTD: Any) -> None:
         del module, args
-        skip = 1 if len(ids) > 1 and ids[0] == first else 0
-        mean_D[:] = states_BTD[0, skip:].double().mean(dim=0).numpy()
+        for states_TD in states_BTD:
+            means.append(states_TD[skips[len(means)] :].double().mean(dim=0).numpy())
 
-    handle = model.get_submodule("model.norm").register_forward_hook(hook) if wanted else None
+    handle = model.get_submodule("model.norm").register_forward_hook(hook)
     try:
         yield
     finally:
-        if handle is not None:
-            handle.remove()
+        handle.remove()

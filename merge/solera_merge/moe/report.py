@@ -323,7 +323,8 @@ def _facts(
         }
 
     def less(a: Array, b: Array) -> Array:
-        return a - b
+        difference: Array = a - b
+        return difference
 
     load_LE = np.mean([[layer.load for layer in domain] for domain in measured.routes], axis=0)
     evenness = [balance(load_E) for load_E in load_LE]
