@@ -149,7 +149,7 @@ def _stage(
 
 def _moe_page(out: Path, *, as_json: bool) -> dict[str, str]:
     """Write the page of a MoE that was measured, and print its table; where the page is."""
-    from solera.moe_report import page_beside, read_mixture, reading, summary_rows
+    from solera.moe_report import page_beside, read_mixture, reading, summary_rows, worth
     from solera.report import RunSummary, write_report
 
     mixture = read_mixture(out, out.name)
@@ -161,7 +161,7 @@ def _moe_page(out: Path, *, as_json: bool) -> dict[str, str]:
         from solera.console import print_rows
 
         print_rows("on held-out text, less is better", summary_rows(mixture))
-        print("\n".join(reading(mixture)))  # noqa: T201
+        print("\n".join([*reading(mixture), worth(mixture)]))  # noqa: T201
         print(f"{page}: the report")  # noqa: T201
     return {"report": str(page)}
 

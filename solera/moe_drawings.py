@@ -88,29 +88,28 @@ def _legend(rows: Sequence[Losses], width: int) -> tuple[list[str], float]:
 
 def _rail(row: Losses, y: float, at: _At) -> list[str]:
     """The line of one domain: its parts, then its marks."""
-    parts = [_span(at(row.moe), at(row.base), y, _RECOVERED, row.base - row.moe, "won over the base")]
-    parts.append(_span(at(row.oracle), at(row.moe), y, _ROUTER, row.moe - row.oracle, "router loss"))
+    marks = [("average", row.average, "average merge"), ("router", row.model_router, "router over whole models")]
+    shown = [(kind, value, name) for kind, value, name in (*marks, ("moe", row.moe, "this MoE")) if value is not None]
+    spans = [(row.moe, row.base, _RECOVERED, "won over the base"), (row.oracle, row.moe, _ROUTER, "router loss")]
     if row.specialist is not None:
-        parts.append(_span(at(row.specialist), at(row.oracle), y, _TRUNK, row.oracle - row.specialist, "trunk loss"))
-    if row.average is not None:
-        parts.append(_mark("average", at(row.average), y, f"average merge {row.average:.3f}"))
-    if row.model_router is not None:
-        parts.append(_mark("router", at(row.model_router), y, f"router over whole models {row.model_router:.3f}"))
-    parts.append(_mark("moe", at(row.moe), y, f"this MoE {row.moe:.3f}"))
-    return parts
+        spans.append((row.specialist, row.oracle, _TRUNK, "trunk loss"))
+    taken = [at(value) for _, value, _ in shown]
+    parts = [_span(at(low), at(high), y, fill, high - low, name, taken) for low, high, fill, name in spans]
+    return parts + [_mark(kind, at(value), y, f"{name} {value:.3f}") for kind, value, name in shown]
 
 
-def _span(start: float, end: float, y: float, fill: str, size: float, name: str) -> str:
-    """One part of a line; a negative one (it is won, not lost) is thin."""
+def _span(start: float, end: float, y: float, fill: str, size: float, name: str, marks: Sequence[float]) -> str:
+    """One part of a line, with its size where no mark is in the way; a negative one (it is won, not lost) is thin."""
     height = 16.0 if size >= 0 else 5.0
     tip = element("title", html.escape(f"{name}: {size:.3f}"))
     left, width = min(start, end), max(abs(end - start), 0.5)
     bar = element("rect", tip, x=left, y=y - height / 2, width=width, height=height, fill=fill)
-    text = f"{size:.2f}"
-    if size < 0 or text_width(text, 11) + 22 > width:  # room beside the marks that stand on its ends
+    text, middle = f"{size:.2f}", left + width / 2
+    half = text_width(text, 11) / 2 + 2
+    if size < 0 or 2 * half > width or any(abs(mark - middle) < half + 8 for mark in marks):
         return bar
     ink = "#ffffff" if fill == _ROUTER else INK
-    number = label(left + width / 2, y + 4, text, size=11, anchor="middle", fill=ink)
+    number = label(middle, y + 4, text, size=11, anchor="middle", fill=ink)
     return bar + number.replace("<text", '<text pointer-events="none"', 1)
 
 
@@ -154,13 +153,17 @@ def share_maps(
     """
     layers = len(next(iter(shares.values())))
     margin = 34.0
-    cell = min(max((width - 16 - margin) / len(experts), 14.0), 58.0)
-    height = 20.0 if layers <= 32 else 12.0
+    most = 58.0 if len(experts) <= 4 else 40.0
+    cell = min((width - 16 - margin - 22) / len(experts), most)
     longest = max(text_width(name, 11) for name in experts)
     slanted = longest > cell - 4
+    overhang = 22.0
+    if slanted:  # labels rise to the right, the last one beyond its column
+        overhang = max(0.77 * min(text_width(experts[-1], 11), 120.0) - cell / 2 + 6, 22.0)
+        cell = max(min((width - 16 - margin - overhang) / len(experts), most), 12.0)
+    height = 20.0 if layers <= 16 else 13.0 if layers <= 40 else 9.0
     head = 24 + (min(longest, 120.0) * 0.64 + 14 if slanted else 18)
-    overhang = min(longest, 120.0) * 0.77 if slanted else 0.0
-    panel_width = margin + cell * len(experts) + max(22.0, overhang)
+    panel_width = margin + cell * len(experts) + overhang
     panel_height = head + height * layers + 22
     across = max(int((width - 8) // panel_width), 1)
     parts: list[str] = []

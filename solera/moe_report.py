@@ -14,7 +14,7 @@ from typing import Any
 from solera.moe_drawings import Losses, loss_rails, share_maps
 from solera.results import format_bytes, format_count, format_share
 
-__all__ = ["Mixture", "mixture_section", "page_beside", "read_mixture", "reading", "summary_rows"]
+__all__ = ["Mixture", "mixture_section", "page_beside", "read_mixture", "reading", "summary_rows", "worth"]
 
 _MISSING = {
     "specialists": "The specialists were not measured",
@@ -88,7 +88,7 @@ def worth(mixture: Mixture) -> str:
         sentence = str(checks["worth"])
         return f"{sentence[:1].upper()}{sentence[1:]}."
     return (
-        "No dense control was taught beside it (`heal`), so nothing here says whether a model of the base's size "
+        "No dense control was taught beside it (heal), so nothing here says whether a model of the base's size "
         "could not do the same."
     )
 
@@ -99,7 +99,7 @@ def _blame(router: Mapping[str, Any], trunk: Mapping[str, Any]) -> str:
         return "Nothing is missing to the specialists."
     parts = f"{_amount(router)} are the router's and {_amount(trunk)} the trunk's"
     if router["value"] > 2 * trunk["value"]:
-        advice = "a better router would win most of it (more text, another fit, `train`)"
+        advice = "a better router would win most of it (more text, another fit, training it)"
     elif trunk["value"] > 2 * router["value"]:
         advice = "no router could win most of it: another trunk, or healing, could"
     else:
@@ -223,7 +223,8 @@ def mixture_section(mixture: Mixture) -> dict[str, Any]:
     experts = report["experts"]
     return {
         "name": mixture.name,
-        "reading": [*reading(mixture), worth(mixture)],
+        "worth": worth(mixture),
+        "reading": reading(mixture),
         "domains": domains,
         "rows": [_row(name, found, domains, css) for name, found, css in _models(report)],
         "losses": _loss_rows(report),
