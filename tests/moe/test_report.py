@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -285,3 +286,28 @@ def test_experts_of_different_width_have_no_average(siblings: dict[str, Path]) -
     assert average_of(base, [base, other]) is not None
     wider = replace(other, fields={**other.fields, "intermediate_size": 2 * other.width})
     assert average_of(base, [base, wider]) is None
+
+
+def test_the_command_prints_the_table_and_writes_the_page(
+    tmp_path: Path, known: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from solera.cli import main
+
+    settings = {
+        "base_model": str(known["base"]),
+        "experts": [{"name": name, "model": str(path)} for name, path in known["experts"].items()],
+        "router": {"fit": "random", "data": {n: str(p) for n, p in known["data"].items()}, "tokens_per_domain": 400},
+    }
+    (tmp_path / "moe.yml").write_text(json.dumps(settings), encoding="utf-8")
+    arguments = ["moe", str(tmp_path / "moe.yml"), str(tmp_path / "moe"), "--quiet"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"average merge +\d\.\d{3} +\d\.\d{3} +\d\.\d{3} +\d\.\d{3}", said)
+    assert re.search(r"router loss +-?\d\.\d{3}", said)
+    assert "The mixture stands at" in said
+    page = tmp_path / "moe-report.html"
+    assert "Which experts the text of a domain visits" in page.read_text(encoding="utf-8")
+    assert main([*arguments, "--overwrite", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["report"] == str(page)
+    assert printed["checks"]["report"] == report_of(tmp_path / "moe")
