@@ -41,9 +41,12 @@ def test_a_router_that_sends_everything_to_one_expert() -> None:
     logits = np.tile([-40.0, 40.0, -40.0], (6, 1))
     found = routing(logits, np.full((6, 1), 1), [6])
     assert found.share.tolist() == found.load.tolist() == found.first.tolist() == [0, 1, 0]
-    assert (found.entropy, found.top_k_mass, found.switch_rate) == (pytest.approx(0), pytest.approx(1), 0)
+    assert found.entropy == pytest.approx(0)
+    assert found.top_k_mass == pytest.approx(1)
+    assert found.switch_rate == 0
     uneven = balance(found.load)
-    assert (uneven.max_over_mean, uneven.dead) == (pytest.approx(3), (0, 2))
+    assert uneven.max_over_mean == pytest.approx(3)
+    assert uneven.dead == (0, 2)
     assert uneven.cv == pytest.approx(math.sqrt(2))  # sqrt(E - 1), the largest there is
 
 
@@ -53,7 +56,8 @@ def test_a_router_that_knows_nothing() -> None:
     assert found.top_k_mass == pytest.approx(2 / 4)
     assert found.switch_rate == 1
     even = balance(found.load)
-    assert (even.max_over_mean, even.cv, even.dead) == (pytest.approx(1), pytest.approx(0), ())
+    assert [even.max_over_mean, even.cv] == pytest.approx([1, 0])
+    assert even.dead == ()
 
 
 def test_intervals_are_those_of_a_ratio_of_sums() -> None:
