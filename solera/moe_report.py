@@ -148,7 +148,7 @@ def _own(report: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _models(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
-    """(name, its losses, class of the row), from the base to the specialists' best."""
+    """(name, its losses, class of the row), from the base to the specialists' best; the MoE as it was built."""
     nll = report["nll"]
     rows = [("base", nll["base"], "")]
     rows += [(f"specialist {name}", row, "") for name, row in nll["specialists"].items()]
@@ -171,12 +171,14 @@ def summary_rows(mixture: Mixture) -> list[dict[str, Any]]:
         cells = {domain: show(found["domains"][domain]) for domain in domains}
         rows.append({"nats a token": name, **cells, "(mean)": show(found["mean"])})
 
+    trained = _training(mixture.checks)
     for name, found, _ in _models(report):
-        add(name, found, lambda value: f"{value:.3f}")
+        built = name == "this MoE" and trained
+        add(f"{name}, as built" if built else name, found, lambda value: f"{value:.3f}")
     for key, name in (("recovered", "kept"), ("router_loss", "router loss"), ("trunk_loss", "trunk loss")):
         if report[key] is not None:
             add(name, report[key], _share_of if key == "recovered" else _value_of)
-    for name, found in _training(mixture.checks):
+    for name, found in trained[1:]:
         add(name, found, lambda value: f"{value:.3f}")
     return rows
 

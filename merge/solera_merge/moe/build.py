@@ -349,12 +349,16 @@ def _build(
     digests |= routers
     report = _report(inputs, text, calibration, staging, ctx)
     shutil.rmtree(staging / ".trunks")
-    said = {"trunk": trunk, "target": inputs.target.name, "engines": _matrix(inputs)}
-    return checks | said | {
+    said = {
+        "trunk": trunk,
+        "target": inputs.target.name,
+        "engines": _matrix(inputs),
         "identity": identity.to_json(),
         "router": facts,
+        **report,
         "warnings": [*warnings, *found],
-    } | report, digests
+    }
+    return checks | said, digests
 
 
 def _report(

@@ -11,7 +11,7 @@ import numpy as np
 
 __all__ = ["REFINEMENTS", "SCALES", "random_router", "ridge_router", "search_scale", "uniform_router"]
 
-SCALES = (0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
+SCALES = (0.0625, 0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
 """The coarse grid of `search_scale`. A ridge fit predicts 0/1 labels, so its logits differ by about 1 and the mix of
 the top k stays soft; confident routing needs several times that, and a mismatched trunk may prefer less."""
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
+from solera_core.dtypes import from_float32, to_float32
 from solera_merge.figures import rounded
 from solera_merge.moe.calibration import Sequences
 from solera_merge.moe.config import FITS, MoeConfig
@@ -184,12 +185,17 @@ def tune_routers(
     best = min(results, key=lambda result: result.measured.mean)  # the first, the simpler, of equals
     if len(candidates) > 1:
         ctx.progress.note(f"router: {best.fit} is the best of {len(results)} and is taken")
-    rows = candidates[best.fit]
-    digests = replace_routers(open_checkpoint(directory, Context()), [best.scale * router for router in rows])
-    written = open_checkpoint(directory, Context())  # anew: an open checkpoint refuses files that have changed
-    # Measured with the routers as they are on disk, rounded to their number format.
-    on_disk = [written.read(inputs.target.router.format(layer=layer)) for layer in range(len(rows))]
-    (tuned,) = judge.routed([on_disk], "measuring the routers")
+    built = open_checkpoint(directory, Context())
+    # Measured as they will be on disk, rounded to their number format; written last, because files that change under an
+    # open checkpoint are refused.
+    rounded_rows: list[np.ndarray] = []
+    for layer, router_ED in enumerate(candidates[best.fit]):
+        stored = built.tensors[inputs.target.router.format(layer=layer)].dtype
+        raw = from_float32((best.scale * router_ED).astype(np.float32), stored)
+        rounded_rows.append(to_float32(raw, stored).reshape(router_ED.shape))
+    (tuned,) = judge.routed([rounded_rows], "measuring the routers")
+    oracle = judge.forced(calibration.experts, "measuring the oracle's routes") if calibration.held_out else None
+    digests = replace_routers(built, rounded_rows)
     facts: dict[str, Any] = {
         "fit": best.fit,
         "temperature": rounded(1 / best.scale),
@@ -203,10 +209,9 @@ def tune_routers(
     }
     if len(candidates) > 1:
         facts["candidates"] = [_row(result, calibration) for result in results]
-    if not calibration.held_out:
+    if oracle is None:
         facts["first_choices"] = [[rounded(x) for x in shares_E] for shares_E in tuned.shares[0]]
         return digests, facts
-    oracle = judge.forced(calibration.experts, "measuring the oracle's routes")
     facts["route_accuracy"] = {
         name: [rounded(value) for value in tuned.shares[d, :, e]]
         for d, (name, e) in enumerate(zip(names, calibration.experts, strict=True))
