@@ -22,7 +22,7 @@ class Losses:
     """Of one domain, in nats a token; None: not measured."""
 
     name: str
-    base: float
+    base: float | None
     moe: float
     oracle: float
     specialist: float | None
@@ -58,8 +58,13 @@ def loss_rails(rows: Sequence[Losses], *, width: int, css_class: str = "") -> st
 
 def _legend(rows: Sequence[Losses], width: int) -> tuple[list[str], float]:
     """What the colours and marks mean; only those that occur."""
-    items: list[tuple[str, str]] = [("bar", _RECOVERED), ("bar", _ROUTER)]
-    names = ["won over the base", "router loss"]
+    items: list[tuple[str, str]] = []
+    names: list[str] = []
+    if any(row.base is not None for row in rows):
+        items.append(("bar", _RECOVERED))
+        names.append("won over the base")
+    items.append(("bar", _ROUTER))
+    names.append("router loss")
     if any(row.specialist is not None for row in rows):
         items.append(("bar", _TRUNK))
         names.append("trunk loss")
@@ -90,7 +95,9 @@ def _rail(row: Losses, y: float, at: _At) -> list[str]:
     """The line of one domain: its parts, then its marks."""
     marks = [("average", row.average, "average merge"), ("router", row.model_router, "router over whole models")]
     shown = [(kind, value, name) for kind, value, name in (*marks, ("moe", row.moe, "this MoE")) if value is not None]
-    spans = [(row.moe, row.base, _RECOVERED, "won over the base"), (row.oracle, row.moe, _ROUTER, "router loss")]
+    spans = [(row.oracle, row.moe, _ROUTER, "router loss")]
+    if row.base is not None:
+        spans.insert(0, (row.moe, row.base, _RECOVERED, "won over the base"))
     if row.specialist is not None:
         spans.append((row.specialist, row.oracle, _TRUNK, "trunk loss"))
     taken = [at(value) for _, value, _ in shown]
@@ -137,7 +144,8 @@ def _axis(low: float, high: float, y: float, at: _At) -> list[str]:
 
 def _said(row: Losses) -> str:
     own = "" if row.specialist is None else f", specialist {row.specialist:.3f}"
-    return f"{row.name}: base {row.base:.3f}, this MoE {row.moe:.3f}, oracle-routed {row.oracle:.3f}{own}"
+    base = "" if row.base is None else f"base {row.base:.3f}, "
+    return f"{row.name}: {base}this MoE {row.moe:.3f}, oracle-routed {row.oracle:.3f}{own}"
 
 
 def share_maps(

@@ -17,6 +17,7 @@ from solera.results import format_bytes, format_count, format_share
 __all__ = ["Mixture", "mixture_section", "page_beside", "read_mixture", "reading", "summary_rows", "worth"]
 
 _MISSING = {
+    "base": "The base was not measured",
     "specialists": "The specialists were not measured",
     "average": "The average merge was not measured",
     "model_router": "A router over the whole specialists was not measured",
@@ -58,12 +59,15 @@ def reading(mixture: Mixture) -> list[str]:
     trained = "heal" in mixture.checks or "train" in mixture.checks
     what = "As it was built, before any training, the mixture" if trained else "The mixture"
     own = _own(report)
-    against = [f"the base at {nll['base']['mean']:.3f}"]
+    against: list[str] = []
+    if nll["base"] is not None:
+        against.append(f"the base at {nll['base']['mean']:.3f}")
     if nll["average"] is not None:
         against.append(f"the average merge at {nll['average']['mean']:.3f}")
     if own is not None:
         against.append(f"the specialists, each on its own domain, at {own['mean']:.3f}")
-    said = [f"{what} stands at {nll['moe']['mean']:.3f} nats a token on held-out text; {_listed(against)}."]
+    rest = f"; {_listed(against)}" if against else ""
+    said = [f"{what} stands at {nll['moe']['mean']:.3f} nats a token on held-out text{rest}."]
     recovered, router, trunk = (report[key] for key in ("recovered", "router_loss", "trunk_loss"))
     if recovered is not None and recovered["mean"] is not None:
         said.append(f"It keeps {_share(recovered['mean'])} of what the specialists gained over the base.")
@@ -150,7 +154,7 @@ def _own(report: Mapping[str, Any]) -> dict[str, Any] | None:
 def _models(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
     """(name, its losses, class of the row), from the base to the specialists' best; the MoE as it was built."""
     nll = report["nll"]
-    rows = [("base", nll["base"], "")]
+    rows = [("base", nll["base"], "")] if nll["base"] is not None else []
     rows += [(f"specialist {name}", row, "") for name, row in nll["specialists"].items()]
     for key, name in (("average", "average merge"), ("model_router", "router over whole specialists")):
         if nll[key] is not None:
@@ -178,7 +182,7 @@ def summary_rows(mixture: Mixture) -> list[dict[str, Any]]:
     for key, name in (("recovered", "kept"), ("router_loss", "router loss"), ("trunk_loss", "trunk loss")):
         if report[key] is not None:
             add(name, report[key], _share_of if key == "recovered" else _value_of)
-    for name, found in trained[1:]:
+    for name, found in trained:
         add(name, found, lambda value: f"{value:.3f}")
     return rows
 
@@ -200,7 +204,7 @@ def _training(checks: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
     steps = [(checks[key], name) for key, name in (("train", "router trained"), ("heal", "healed")) if key in checks]
     if steps:
-        add("as built", steps[0][0], "before")
+        add("before training", steps[0][0], "before")
     for found, name in steps:
         add(name, found, "after")
     if "control" in checks:
@@ -331,9 +335,12 @@ def _rails(report: Mapping[str, Any]) -> list[Losses]:
         def of(found: Mapping[str, Any] | None, domain: str | None = domain) -> float | None:
             return None if found is None else found["mean"] if domain is None else found["domains"][domain]
 
-        base, moe, oracle = of(nll["base"]), of(nll["moe"]), of(nll["oracle"])
-        assert base is not None and moe is not None and oracle is not None  # noqa: PT018  always measured
-        rows.append(Losses(domain or "mean", base, moe, oracle, of(own), of(nll["average"]), of(nll["model_router"])))
+        moe, oracle = of(nll["moe"]), of(nll["oracle"])
+        assert moe is not None  # always measured
+        assert oracle is not None
+        rows.append(
+            Losses(domain or "mean", of(nll["base"]), moe, oracle, of(own), of(nll["average"]), of(nll["model_router"]))
+        )
     return rows
 
 

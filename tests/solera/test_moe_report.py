@@ -163,9 +163,14 @@ def test_what_is_to_blame(checks: dict[str, Any], router: float, trunk: float, e
 
 
 def test_without_yardsticks_and_intervals(checks: dict[str, Any], tmp_path: Path) -> None:
-    """A MoE that was extended: the specialists behind its first experts are not at hand."""
+    """A MoE that was extended: its base and the specialists behind its first experts are not at hand."""
     report = checks["report"]
-    report["nll"] |= {"average": None, "model_router": None, "specialists": {NAMES[1]: by_domain(6.0, 2.0)}}
+    report["nll"] |= {
+        "base": None,
+        "average": None,
+        "model_router": None,
+        "specialists": {NAMES[1]: by_domain(6.0, 2.0)},
+    }
     report |= {"recovered": None, "trunk_loss": None, "against": {}, "model_router": None}
     report["router_loss"] = figures(0.2, 0.6, spread=None)
     report["missing"] = {"specialists": "code: only its networks are here", "average": "code: is not here"}
@@ -173,9 +178,9 @@ def test_without_yardsticks_and_intervals(checks: dict[str, Any], tmp_path: Path
     _, page = page_of(RunSummary(title="t", mixtures=[mixture]), tmp_path / "page.html")
     assert "too few held-out documents for intervals" in page.text
     assert "The specialists were not measured: code: only its networks are here." in page.text
-    assert "average merge at" not in page.text
+    assert "The mixture stands at 2.700 nats a token on held-out text." in page.text
+    assert "won over the base" not in page.text
     assert [row["nats a token"] for row in summary_rows(mixture)] == [
-        "base",
         f"specialist {NAMES[1]}",
         "this MoE",
         "oracle-routed MoE",
@@ -202,7 +207,7 @@ def test_training_and_the_control_are_shown(checks: dict[str, Any], tmp_path: Pa
     mixture = Mixture("moe", checks)
     section = mixture_section(mixture)
     assert [(row["name"], row["mean"]) for row in section["training"]] == [
-        ("as built", "2.710"),
+        ("before training", "2.710"),
         ("router trained", "2.620"),
         ("healed", "2.220"),
         ("dense control, untaught", "3.210"),
@@ -212,7 +217,9 @@ def test_training_and_the_control_are_shown(checks: dict[str, Any], tmp_path: Pa
     _, page = page_of(RunSummary(title="t", mixtures=[mixture]), tmp_path / "page.html")
     assert "As it was built, before any training, the mixture stands at" in page.text
     assert "The MoE is not worth its bytes: take the control." in page.text
-    assert {"healed", "dense control, taught"} <= {row["nats a token"] for row in summary_rows(mixture)}
+    assert {"this MoE, as built", "healed", "dense control, taught"} <= {
+        row["nats a token"] for row in summary_rows(mixture)
+    }
 
 
 def numbers(svg: ET.Element) -> list[tuple[float, float, str]]:

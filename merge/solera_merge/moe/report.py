@@ -84,17 +84,21 @@ def report_moe(
     text = _Text(calibration.held_out)
     dense = partial(_dense, text=text, scratch=scratch, ctx=ctx)
     missing: dict[str, str] = {}
-    losses: dict[str, list[Array] | None] = {"base": dense(inputs.base, inputs.base, "base")}
+    base = None if inputs.old is not None else dense(inputs.base, inputs.base, "base")
+    losses: dict[str, list[Array] | None] = {"base": base}
     specialists = {
         name: dense(expert, expert, f"specialist {name}")
         for name, expert in zip(inputs.names, inputs.experts, strict=True)
         if not inputs.is_old(name)
     }
-    if gone := [name for name in names if name not in specialists]:
-        missing["specialists"] = f"{', '.join(gone)}: only their feed-forward networks are here, in the extended MoE"
-    average = None if missing else average_of(inputs.base, inputs.experts)
+    if old := [name for name in inputs.names if name not in specialists]:
+        reason = f"of the extended MoE's base and of {', '.join(old)} only what is in the MoE is here"
+        missing |= dict.fromkeys(("base", "average", "model_router"), reason)
+        if set(old) & set(names):
+            missing["specialists"] = reason
+    average = None if old else average_of(inputs.base, inputs.experts)
     if average is None:
-        missing["average"] = missing.get("specialists", "the experts differ in width")
+        missing.setdefault("average", "the experts differ in width")
     losses["average"] = None if average is None else dense(average, average, "average merge")
     router, reason = _model_router(inputs, names, domains, text, missing, scratch, ctx)
     if router is None:
@@ -201,8 +205,8 @@ def _model_router(
     ctx: Context,
 ) -> tuple[ModelRouter | None, str]:
     """A router over the whole specialists, or why there is none."""
-    if "specialists" in missing:
-        return None, missing["specialists"]
+    if "model_router" in missing:
+        return None, missing["model_router"]
     given = {domain.name: domain for domain in domains}
     ordered = [given[name] for name in names]
     if few := [domain.name for domain in ordered if len(domain.fit) < LEAST_DOCUMENTS]:
@@ -399,13 +403,15 @@ def _warnings(facts: Mapping[str, Any], inputs: Inputs, names: Sequence[str], ev
             f"a router over the whole specialists is better on held-out text ({nll['model_router']['mean']:.4f} nats "
             f"a token, this MoE {moe['mean']:.4f})"
         )
-    if worse := [name for name in names if moe["domains"][name] >= nll["base"]["domains"][name]]:
+    base = nll["base"]
+    if base is not None and (worse := [name for name in names if moe["domains"][name] >= base["domains"][name]]):
         found.append(f"this MoE is no better than the base on the text of {', '.join(worse)}")
     if facts["recovered"] is not None and (
         idle := [name for name in names if facts["recovered"]["domains"][name] is None]
     ):
         found.append(f"{', '.join(idle)}: the specialist is no better than the base on its own domain's text")
-    if dead := facts["load"]["dead"]:
+    every = len(names) == len(inputs.names)  # else an expert may be idle for want of its text
+    if every and (dead := facts["load"]["dead"]):
         by_name = {
             name: [layer for layer, _ in group]
             for name, group in itertools.groupby(sorted(dead, key=lambda d: (d[1], d[0])), key=lambda d: d[1])
