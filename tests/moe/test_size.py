@@ -1,6 +1,7 @@
 """Making a MoE smaller: every family and layout, the formulas by brute force, what must not change anything."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from solera_core.checkpoint import open_checkpoint
@@ -18,7 +20,7 @@ from solera_core.progress import Silent
 from solera_core.strict import parse
 from solera_merge.moe.calibration import Sequences
 from solera_merge.moe.routing import mean_nll
-from solera_merge.moe.size.config import MergeExpertsConfig, PruneConfig
+from solera_merge.moe.size.config import ExtractExpertsConfig, MergeExpertsConfig, PruneConfig
 from solera_merge.moe.size.existing import read_existing
 from solera_merge.moe.size.groups import Group, regrouped
 from solera_merge.moe.size.layerwise import layer_by_layer
@@ -550,3 +552,47 @@ def test_the_command_line(
         assert plan["parameters"]["parameters_total"] == result["checks"]["parameters"]
         (weights,) = (row["bytes"] for row in plan["writes"])
         assert weights == (tmp_path / command / "model.safetensors").stat().st_size
+
+
+def test_a_recipe_is_planned_through_them(
+    siblings: dict[str, Path], specialists: dict[str, Path], domain_text: dict[str, Path], tmp_path: Path
+) -> None:
+    """Before any stage has run: each stands in for its output by its headers."""
+    from solera.planning import plan_stages
+    from solera.recipe import parse_recipe
+
+    data = {name: str(path) for name, path in domain_text.items()}
+    experts = [{"name": name, "model": str(path)} for name, path in specialists.items()]
+    stages = {
+        "moe": {"moe": {"trunk": str(siblings["base"]), "experts": experts, "router": {"fit": "random"}}},
+        "small": {"moe-prune": {"model": "moe", "keep": 2, "data": data}},
+        "merged": {"moe-merge-experts": {"model": "moe", "keep": 2, "data": data}},
+        "loras": {"moe-extract-lora": {"base_model": str(siblings["base"]), "specialists": experts, "data": data}},
+    }
+    recipe = parse_recipe({"solera": 1, "stages": stages}, base_dir=tmp_path, where="test")
+    plans = plan_stages(recipe, tmp_path / "run", Context())
+    assert list(plans) == list(stages)
+    assert plans["small"].parameters["parameters_total"] == plans["merged"].parameters["parameters_total"]
+    assert plans["small"].parameters["parameters_before"] == plans["moe"].parameters["parameters_total"]
+
+
+# documentation -------------------------------------------------------------------------------------------------------
+
+DOCS = (Path(__file__).resolve().parents[2] / "docs" / "moe-size.md").read_text(encoding="utf-8")
+
+
+def test_the_snippets_are_valid_and_the_tables_are_whole() -> None:
+    snippets = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", DOCS, re.DOTALL)]
+    configs = [MergeExpertsConfig if "keep" in text else ExtractExpertsConfig for text in snippets]
+    assert set(configs) == {MergeExpertsConfig, ExtractExpertsConfig}
+    for text, config in zip(snippets, configs, strict=True):
+        parse(config, text, where="docs/moe-size.md")
+    rows = [re.findall(r"\w+", row) for row in re.findall(r"^\| ((?:`\w+`(?:, )?)+)", DOCS, re.MULTILINE)]
+    configs_all = (PruneConfig, MergeExpertsConfig, ExtractExpertsConfig)
+    fields = {name: field for config in configs_all for name, field in config.model_fields.items()}
+    assert fields.keys() - {name for row in rows for name in row} == {"model", "base_model", "specialists"}  # snippets
+    defaults = dict(re.findall(r"^\| `(\w+)`(?: \(\w+\))? \| ([^|]+) \|", DOCS, re.MULTILINE))
+    assert len(defaults) > 8
+    for name, default in defaults.items():
+        value = fields[name].default
+        assert default == str(list(value) if isinstance(value, tuple) else value), name
