@@ -183,9 +183,10 @@ def recipe(root: Path, method: str, file: Path) -> Path:
 class Table:
     """Rounds of contestants, interleaved."""
 
-    def __init__(self, root: Path, rounds: int) -> None:
+    def __init__(self, root: Path, rounds: int, rest: float = 0) -> None:
         self._root = root
         self._rounds = rounds
+        self._rest = rest
 
     def row(self, title: str, contestants: Mapping[str, Sequence[str]], *, capped: Sequence[str] = ()) -> None:
         """Print medians, and the ratio of every contestant to the first one. `{out}` is where it may write."""
@@ -195,10 +196,14 @@ class Table:
                 out = self._root / "out"
                 shutil.rmtree(out, ignore_errors=True)
                 os.sync()  # what an earlier contestant left to be written must not slow this one
-                # A virtual machine may give free memory back to its host, and taking it again costs a second a GB:
-                # everybody finds as much of it at hand as the output needs.
-                shutil.copytree(self._root / "a", self._root / "warm")
-                shutil.rmtree(self._root / "warm")
+                # A virtual machine gives free memory back to its host, within a second or so, and taking it again costs
+                # a second a GB. Either all begin when it is gone, or right after as much as the output needs was freed;
+                # then who needs it sooner (cp) finds more of it.
+                if self._rest:
+                    time.sleep(self._rest)
+                else:
+                    shutil.copytree(self._root / "a", self._root / "warm")
+                    shutil.rmtree(self._root / "warm")
                 costs[name].append(run([part.format(out=out) for part in command], capped=name in capped))
         shutil.rmtree(self._root / "out", ignore_errors=True)
         first = next(iter(costs.values()))
@@ -217,6 +222,9 @@ def main() -> None:
     parser.add_argument("--cap", type=int, metavar="MB", help="ours again under this much memory, page cache included")
     parser.add_argument("--small-tensors", action="store_true")
     parser.add_argument("--start", action="store_true")
+    parser.add_argument(
+        "--rest", type=float, default=0, metavar="S", help="seconds of rest before each (see Table.row)"
+    )
     parser.add_argument("--folder", type=Path, help="where to put the models (default: the temporary directory)")
     options = parser.parse_args()
     os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # a compiled cache is what users have
@@ -229,7 +237,7 @@ def main() -> None:
         size = "tiny" if options.start else options.size
         for name, seed in (("base", None), ("a", 1), ("b", 2), ("c", 3)):
             generate(root / name, SIZES[size], seed)
-        table = Table(root, options.rounds)
+        table = Table(root, options.rounds, options.rest)
         python = sys.executable
         copy = ["cp", "-r", str(root / "a"), "{out}"]
         durable_copy = ["bash", "-c", f"cp -r {root / 'a'} {{out}} && sync"]

@@ -2,7 +2,7 @@
 
     import solera
     solera.merge("ties.yml", "out/blend")
-    solera.build_moe({"trunk": "out/blend", "experts": [...], ...}, "out/moe")
+    solera.build_moe({"base_model": "out/blend", "experts": [...], ...}, "out/moe")
     solera.run("recipe.yml", "runs/first")
 
 Settings are a YAML file or a mapping; paths in a file are relative to it, in a mapping to the working directory.

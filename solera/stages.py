@@ -15,6 +15,7 @@ from solera_core.data import DataSource
 from solera_core.errors import ConfigError
 from solera_core.plan import Plan
 from solera_core.strict import Strict, did_you_mean, load_yaml, load_yaml_documents, parse
+from solera_merge.moe.mergekit import is_mergekit
 
 __all__ = [
     "KINDS",
@@ -153,7 +154,7 @@ def read_stage(kind: str, file: Path) -> tuple[Strict, Path]:
             settings = settings[kind]
         if kind == "merge" and isinstance(settings, Mapping):  # the only one needs no name, but may have one
             settings = {key: value for key, value in settings.items() if key != "name"}
-    here = kind == "merge" or (kind == "moe" and isinstance(settings, Mapping) and "base_model" in settings)
+    here = kind == "merge" or (kind == "moe" and is_mergekit(settings))
     return parse_settings(kind, settings, where=str(file)), Path() if here else file.parent
 
 
@@ -267,7 +268,7 @@ def _references(kind: str, config: Strict) -> References:
             return References(tuple(dict.fromkeys(_model_references(config))), tuple(dict.fromkeys(_sources(config))))
 
 
-_MODEL_FIELDS = {"model", "base_model", "trunk", "from_", "source_model"}
+_MODEL_FIELDS = {"model", "base_model", "from_", "source_model"}
 
 
 def _model_references(value: Any, field: str = "") -> Iterable[str]:

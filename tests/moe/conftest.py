@@ -55,7 +55,7 @@ def moe_config() -> Callable[..., MoeConfig]:
         if data is not None:
             fit = {"fit": "ridge", "data": {n: str(p) for n, p in data.items()}, "tokens_per_domain": 1500}
         raw = {
-            "trunk": str(trunk),
+            "base_model": str(trunk),
             "experts": [{"name": name, "model": str(path)} for name, path in experts.items()],
             "router": {**fit, **(router or {})},
             **settings,

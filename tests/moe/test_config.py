@@ -15,7 +15,7 @@ DATA = {"math": "math.jsonl", "code": [{"path": "code.jsonl", "limit": 5}, "more
 
 
 def moe(**changes: Any) -> MoeConfig:
-    raw = {"trunk": "base", "experts": EXPERTS, "router": {"data": DATA}}
+    raw = {"base_model": "base", "experts": EXPERTS, "router": {"data": DATA}}
     return parse(MoeConfig, raw | changes, where="recipe.yml")
 
 
@@ -51,7 +51,7 @@ def test_defaults_and_short_forms() -> None:
             {"dtype": "int8"},
             "dtype: input should be .*'float32'",
         ),  # typing keeps the order of whichever Literal came first
-        ({"trunk": ""}, "trunk: "),
+        ({"base_model": ""}, "base_model: "),
     ],
 )
 def test_refused(changes: dict[str, Any], message: str) -> None:
@@ -94,3 +94,8 @@ def test_importing_the_stage_is_light() -> None:
         env={"PYTHONPATH": ":".join(sys.path)},
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_trunk_alone_is_told_where_the_model_goes() -> None:
+    with pytest.raises(ConfigError, match="base_model: missing; it names the model"):
+        parse(MoeConfig, {"trunk": "./base", "experts": EXPERTS, "router": {"data": DATA}}, where="recipe.yml")

@@ -36,7 +36,7 @@ def routers_of(out: Path, name: str = "block_sparse_moe.gate") -> np.ndarray:
 
 def settings(base: Path, experts: dict[str, Path], fit: str, **more: Any) -> dict[str, Any]:
     rows = [{"name": n, "model": str(p), "prompts": PROMPTS[n]} for n, p in experts.items()]
-    return {"trunk": str(base), "experts": rows, "router": {"fit": fit}, **more}
+    return {"base_model": str(base), "experts": rows, "router": {"fit": fit}, **more}
 
 
 def built(out: Path, raw: dict[str, Any], **ctx: Any) -> Path:
@@ -157,7 +157,7 @@ def test_mergekits_yaml_is_read_as_it_stands(tmp_path: Path, mergekit_yaml: dict
     assert config.experts[0].negative_prompts == ("1 + 2",)
     assert [expert.residual_scale for expert in config.experts] == [1, 0.5, 1]
     assert config.target == "auto"
-    file.write_text(yaml.safe_dump({"trunk": "t", "experts": [], "router": {"fit": "random"}}))
+    file.write_text(yaml.safe_dump({"base_model": "t", "experts": [], "router": {"fit": "random"}}))
     with pytest.raises(ConfigError):
         read_stage("moe", file)
 
@@ -226,7 +226,7 @@ def test_the_plan_of_a_prompt_router_reads_no_weights(siblings: dict[str, Path],
 
 def test_residual_scale_and_noise(tmp_path: Path, siblings: dict[str, Path], make_model: Callable[..., Path]) -> None:
     raw = {
-        "trunk": str(siblings["base"]),
+        "base_model": str(siblings["base"]),
         "experts": [
             {"name": "scaled", "model": str(siblings["a"]), "residual_scale": 0.25},
             {"name": "noisy", "model": str(siblings["a"]), "noise_scale": 0.5},

@@ -242,7 +242,7 @@ def test_no_stage_replaces_its_own_input(
     experts = [{"name": n, "model": m} for n, m in (("a", a), ("b", b))]
     settings = {
         "merge": {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 1}} for m in (a, b)]},
-        "moe": {"trunk": a, "experts": experts, "router": {"fit": "random"}},
+        "moe": {"base_model": a, "experts": experts, "router": {"fit": "random"}},
         "tune": {"model": a, "data": text, "tokens": 100, "sequence_tokens": 32},
         "distill": {
             "teachers": [{"model": b}],
@@ -648,7 +648,7 @@ def test_messages_name_file_and_key(
     suite = ["--suite", str(tmp_path / "suite.yml"), "--out", str(tmp_path / "out")]
     assert main(["eval", str(siblings["a"]), *suite]) == 3
     assert "suite.yml: tasks.0.kind: unknown kind 'chioce' (did you mean 'choice'?)" in capsys.readouterr().err
-    (tmp_path / "moe.yml").write_text(json.dumps({"trunk": "a", "expert": []}))
+    (tmp_path / "moe.yml").write_text(json.dumps({"base_model": "a", "expert": []}))
     assert main(["moe", str(tmp_path / "moe.yml"), str(tmp_path / "out")]) == 3
     first = capsys.readouterr().err.splitlines()[0]
     assert first.endswith("moe.yml: expert: unknown key (did you mean 'experts'?)")

@@ -73,7 +73,7 @@ def recipe_data(root: Path, *, margin: float = 1.2) -> dict[str, Any]:
             },
             "moe": {
                 "moe": {
-                    "trunk": "blend",
+                    "base_model": "blend",
                     "experts": [{"name": "x", "model": "x"}, {"name": "y", "model": "y"}],
                     "top_k": 1,
                     "router": {

@@ -1,6 +1,6 @@
-"""What a `moe` stage may say: the trunk, the experts, and how the router is made.
+"""What a `moe` stage may say: the base, the experts, and how the router is made.
 
-    trunk: base
+    base_model: base
     experts: [{name: math, model: math}, {name: code, model: runs/code}]
     top_k: 2
     router: {fit: ridge, data: {math: data/math.jsonl, code: data/code.jsonl}}
@@ -8,6 +8,7 @@
 Read docs/moe.md for what the settings do to the result.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -87,14 +88,16 @@ class MoeConfig(Strict):
     Attributes:
         target: the format; `auto`: the one that holds the models exactly and that most of `engines` run exactly.
         engines: that shall run it.
-        trunk: the model that attention, norms, embeddings and head are taken from.
+        base_model: that the experts were tuned from.
+        trunk: where attention, norms, embeddings and head come from.
         experts: two or more specialists.
         top_k: experts that work on a token.
         dtype: of everything written; null keeps the trunk's own, tensor by tensor.
         router: how tokens find their experts.
     """
 
-    trunk: str = Field(min_length=1)
+    base_model: str = Field(min_length=1)
+    trunk: Literal["base"] = "base"
     experts: tuple[ExpertConfig, ...] = Field(min_length=2)
     top_k: int = Field(default=2, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -107,7 +110,14 @@ class MoeConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _mergekit(cls, settings: Any) -> Any:
-        return from_mergekit(settings) if is_mergekit(settings) else settings
+        if is_mergekit(settings):
+            return from_mergekit(settings)
+        if isinstance(settings, Mapping) and "trunk" in settings and "base_model" not in settings:
+            raise ValueError(
+                "base_model: missing; it names the model that the experts were tuned from. (`trunk` says which weights "
+                "the attention, norms and embeddings come from, and may be left out)"
+            )
+        return settings
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

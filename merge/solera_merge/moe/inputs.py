@@ -65,7 +65,7 @@ def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
         CheckpointError: naming the model and the first field, tensor or token that does not fit.
         ConfigError: two experts lead to the same files.
     """
-    trunk = read_dense("trunk", open_checkpoint(config.trunk, ctx))
+    trunk = read_dense("trunk", open_checkpoint(config.base_model, ctx))
     experts = [read_dense(f"expert {e.name!r}", _open_expert(e, ctx)) for e in config.experts]
     names = tuple(e.name for e in config.experts)
     check_tokenizer(trunk.checkpoint)
@@ -112,7 +112,7 @@ def _check_distinct(config: MoeConfig, trunk: Dense, experts: list[Dense], ctx: 
                 "two equal experts only waste memory"
             )
         seen[where] = expert.name
-    same = seen.get(place(config.trunk, trunk))
+    same = seen.get(place(config.base_model, trunk))
     return [f"expert {same!r} is the trunk itself: its feed-forward networks are the untuned ones"] if same else []
 
 

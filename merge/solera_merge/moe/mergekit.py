@@ -10,13 +10,18 @@ from typing import Any, Final
 __all__ = ["from_mergekit", "is_mergekit"]
 
 _MODES: Final = ("hidden", "hidden_last", "hidden_avg", "cheap_embed", "random", "uniform_random")
+_ONLY_THERE: Final = ("gate_mode", "experts_per_token", "shared_experts", "architecture")
 _EXPERT_KEYS: Final = {"source_model": "model", "positive_prompts": "prompts"}
 _TARGETS: Final = {"mixtral": "mixtral", "qwen3": "qwen3_moe", "qwen2": "qwen2_moe", "qwen": "qwen2_moe"}
 
 
 def is_mergekit(settings: Any) -> bool:
     """Whether settings of a MoE are mergekit-moe's."""
-    return isinstance(settings, Mapping) and "base_model" in settings and "trunk" not in settings
+    if not isinstance(settings, Mapping):
+        return False
+    experts = settings.get("experts")
+    sources = isinstance(experts, list) and any(isinstance(e, Mapping) and "source_model" in e for e in experts)
+    return sources or any(key in settings for key in _ONLY_THERE)
 
 
 def from_mergekit(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,7 +40,7 @@ def from_mergekit(settings: Mapping[str, Any]) -> dict[str, Any]:
     if mode not in _MODES:
         raise ValueError(f"gate_mode: {mode!r} is none of {', '.join(_MODES)}")
     found: dict[str, Any] = {
-        "trunk": rest.pop("base_model"),
+        **({"base_model": rest.pop("base_model")} if "base_model" in rest else {}),
         "router": {"fit": f"mergekit_{'hidden' if mode == 'hidden_last' else mode}"},
         **({"top_k": rest.pop("experts_per_token")} if "experts_per_token" in rest else {}),
     }
