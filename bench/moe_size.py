@@ -39,7 +39,7 @@ def run(kind: str, settings: dict[str, Any], out: Path, seed: int) -> Path:
 
 def train(root: Path, seed: int, tokens: int) -> Path:
     """A Mixtral of 2 million parameters."""
-    text = [{**source, "limit": 900} for source in TEXT.values()]
+    text = [{**source, "limit": 600} for source in TEXT.values()]
     config = {
         "hidden_size": 96,
         "intermediate_size": 96,
@@ -69,7 +69,7 @@ def main() -> None:
         for seed in range(options.seeds):
             root = (options.work or Path(scratch)) / str(seed)
             model = train(root, seed, options.tokens)
-            data = {name: {**source, "skip": 900, "limit": 120} for name, source in TEXT.items()}
+            data = {name: {**source, "skip": 600, "limit": 120} for name, source in TEXT.items()}
             for name, (kind, more) in METHODS.items():
                 low = min(options.keep)
                 settings = {"model": str(model), "keep": low, "sizes": options.keep, "data": data, **more}

@@ -564,7 +564,7 @@ def test_a_recipe_is_planned_through_them(
     data = {name: str(path) for name, path in domain_text.items()}
     experts = [{"name": name, "model": str(path)} for name, path in specialists.items()]
     stages = {
-        "moe": {"moe": {"trunk": str(siblings["base"]), "experts": experts, "router": {"fit": "random"}}},
+        "moe": {"moe": {"base_model": str(siblings["base"]), "experts": experts, "router": {"fit": "random"}}},
         "small": {"moe-prune": {"model": "moe", "keep": 2, "data": data}},
         "merged": {"moe-merge-experts": {"model": "moe", "keep": 2, "data": data}},
         "loras": {"moe-extract-lora": {"base_model": str(siblings["base"]), "specialists": experts, "data": data}},

@@ -157,8 +157,11 @@ def _plan(config: ShrinkConfig, model: Existing, domains: Sequence[Domain], warn
         else:
             outside += info.size
     largest = max(sizes.values())
-    tokens = len(domains) * config.tokens_per_domain * (1 + config.holdout / (1 - config.holdout))
     width = checkpoint.tensors[model.layers[0].router].shape[1]
+    inner = checkpoint.tensors[model.layers[0].experts["down"][0]].shape[-1]
+    # Matching neurons: the weights of two experts, the likeness of all pairs, and what the assignment makes of it.
+    matching = 24 * inner * width + 20 * inner**2 if getattr(config, "align", "none") != "none" else 0
+    tokens = len(domains) * config.tokens_per_domain * (1 + config.holdout / (1 - config.holdout))
     before, after = parameter_count(checkpoint), parameter_count(small)
     return Plan(
         stage=_KINDS[type(config)],
@@ -181,7 +184,8 @@ def _plan(config: ShrinkConfig, model: Existing, domains: Sequence[Domain], warn
             ),
         ],
         writes=[{"what": shard.file, "bytes": shard.nbytes} for shard in layout(specs)],
-        memory_bytes=4 * (2 * largest + outside) + (1 << 28),  # a layer in float32, and what its loading takes
+        # A layer in float32, and what its loading takes.
+        memory_bytes=4 * (2 * largest + outside) + matching + (1 << 28),
         disk_bytes=nbytes + 4 * (largest + outside) + int(tokens) * width * 4,
         parameters={
             **config.model_dump(mode="json"),
@@ -246,7 +250,8 @@ def _groups(config: ShrinkConfig, keep: int, usage: LayerUsage, experts: Any) ->
             members = scores.closest_groups(scores.frequency(usage), scores.similarity(usage, outputs=False), keep)
         case _:
             members = scores.linked_groups(scores.frequency(usage), usage.outputs / usage.sampled, keep)
-    features = lru_cache(maxsize=None)(lambda e: neuron_features(config.align, e, usage, experts))
+    # A leader's are used again and again, a member's once: two at a time are in memory.
+    features = lru_cache(maxsize=2)(lambda e: neuron_features(config.align, e, usage, experts))
 
     def order(leader: int, member: int) -> tuple[int, ...] | None:
         return None if config.align == "none" else scores.match_neurons(features(leader), features(member))
