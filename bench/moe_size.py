@@ -22,8 +22,10 @@ TEXT: dict[str, dict[str, Any]] = {
 }
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "prune, REAP": ("moe-prune", {}),
+    "prune, contribution": ("moe-prune", {"score": "contribution"}),
     "prune, frequency": ("moe-prune", {"score": "frequency"}),
     "merge, REAM": ("moe-merge-experts", {}),
+    "merge, REAM by contribution": ("moe-merge-experts", {"score": "contribution"}),
     "merge, REAM, groups of 4": ("moe-merge-experts", {"group_size": 4}),
     "merge, REAM, activations": ("moe-merge-experts", {"align": "activations"}),
     "merge, REAM, not aligned": ("moe-merge-experts", {"align": "none"}),

@@ -20,17 +20,20 @@ from solera_core.progress import Silent
 from solera_core.strict import parse
 from solera_merge.moe.calibration import Sequences
 from solera_merge.moe.routing import mean_nll
-from solera_merge.moe.size.config import ExtractExpertsConfig, MergeExpertsConfig, PruneConfig
+from solera_merge.moe.size.config import ExtractExpertsConfig, MergeExpertsConfig, PruneConfig, TextConfig
 from solera_merge.moe.size.existing import read_existing
 from solera_merge.moe.size.groups import Group, regrouped
 from solera_merge.moe.size.layerwise import layer_by_layer
 from solera_merge.moe.size.scores import (
     average,
     closest_groups,
+    contribution,
+    frequency,
     greedy_groups,
     linked_groups,
     match_neurons,
     most_salient,
+    reap,
 )
 from solera_merge.moe.size.shrink import build_shrunk, neuron_features, plan_shrunk
 from solera_merge.moe.size.text import encode_text, read_text
@@ -436,6 +439,14 @@ def test_grouping_by_hand() -> None:
     assert linked_groups(scores, points, 3) == [[1, 3], [2, 0], [4]]
 
 
+def test_scores_by_hand() -> None:
+    """Expert 0 is chosen once and adds 4, expert 1 eight times and adds 1 each, expert 2 never, of 10 tokens."""
+    usage = LayerUsage(np.array([1, 8, 0]), np.array([4.0, 8.0, 0.0]), np.eye(3), np.zeros((3, 1)), tokens=10)
+    assert reap(usage).tolist() == [4.0, 1.0, 0.0]
+    assert contribution(usage).tolist() == [0.4, 0.8, 0.0]
+    assert frequency(usage).tolist() == [0.1, 0.8, 0.0]
+
+
 def test_neurons_are_matched_by_hand() -> None:
     leader = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     assert match_neurons(leader, leader[[2, 0, 1]] * 7) == (1, 2, 0)
@@ -588,11 +599,12 @@ def test_the_snippets_are_valid_and_the_tables_are_whole() -> None:
     for text, config in zip(snippets, configs, strict=True):
         parse(config, text, where="docs/moe-size.md")
     rows = [re.findall(r"\w+", row) for row in re.findall(r"^\| ((?:`\w+`(?:, )?)+)", DOCS, re.MULTILINE)]
-    configs_all = (PruneConfig, MergeExpertsConfig, ExtractExpertsConfig)
-    fields = {name: field for config in configs_all for name, field in config.model_fields.items()}
-    assert fields.keys() - {name for row in rows for name in row} == {"model", "base_model", "specialists"}  # snippets
-    defaults = dict(re.findall(r"^\| `(\w+)`(?: \(\w+\))? \| ([^|]+) \|", DOCS, re.MULTILINE))
-    assert len(defaults) > 8
-    for name, default in defaults.items():
-        value = fields[name].default
-        assert default == str(list(value) if isinstance(value, tuple) else value), name
+    by_name: dict[str, type[TextConfig]] = {"prune": PruneConfig, "merge": MergeExpertsConfig, "": ExtractExpertsConfig}
+    fields = {name for config in by_name.values() for name in config.model_fields}
+    assert fields - {name for row in rows for name in row} == {"model", "base_model", "specialists"}  # see the snippets
+    found = re.findall(r"^\| `(\w+)`(?: \((\w+)\))? \| ([^|]+) \|", DOCS, re.MULTILINE)
+    assert len(found) > 10
+    for name, which, default in found:
+        of = by_name[which].model_fields
+        value = (of if name in of else PruneConfig.model_fields)[name].default
+        assert default == {None: "null"}.get(value, str(list(value) if isinstance(value, tuple) else value)), name

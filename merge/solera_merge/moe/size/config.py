@@ -66,25 +66,28 @@ class PruneConfig(ShrinkConfig):
 
     Attributes:
         score: what decides: `reap` (arXiv 2510.13999), the mean of weight times output norm over the tokens routed to
-            an expert; or `frequency`, how many those are.
+            an expert; `contribution`, the same summed instead, so that an expert for rare tokens counts less; or
+            `frequency`, how many those are.
     """
 
-    score: Literal["reap", "frequency"] = "reap"
+    score: Literal["reap", "contribution", "frequency"] = "reap"
 
 
 class MergeExpertsConfig(ShrinkConfig):
     """Average experts that are alike.
 
     Attributes:
-        group: which become one. `ream` (arXiv 2604.04356): the experts with the highest REAP score take those most like
-            them. `m_smoe` (2310.01334): those chosen most often lead, every other joins the one whose router logits
-            are most like its own. `hc_smoe` (2410.08589): average linkage of mean outputs.
+        group: which become one. `ream` (arXiv 2604.04356): the experts with the highest score take those most like
+            them. `m_smoe` (2310.01334): those with the highest score lead, every other joins the one whose router
+            logits are most like its own. `hc_smoe` (2410.08589): average linkage of mean outputs.
         group_size: experts in a group of `ream` at most.
+        score: which experts lead; null: as the paper of `group` has it: `reap` for `ream`, else `frequency`.
         align: neurons are matched before they are averaged, by their `weights` or their `activations`, or not (`none`).
     """
 
     group: Literal["ream", "m_smoe", "hc_smoe"] = "ream"
     group_size: int = Field(default=16, ge=2)
+    score: Literal["reap", "contribution", "frequency"] | None = None
     align: Literal["weights", "activations", "none"] = "weights"
 
 

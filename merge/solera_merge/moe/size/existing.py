@@ -166,8 +166,9 @@ def _layer(
         "down": (model, width),
         "gate_up": (2 * width, model),
     }
-    for kind, tensor in [(kind, tensor) for kind, of_kind in names.items() for tensor in of_kind]:
-        wanted = (experts, *shapes[kind]) if fused else shapes[kind]
+    wanted_of = {tensor: shapes[kind] for kind in expected for tensor in names[kind]}
+    for tensor, of_one in wanted_of.items():
+        wanted = (experts, *of_one) if fused else of_one
         info = tensors[tensor]
         if info.shape != wanted:
             raise CheckpointError(

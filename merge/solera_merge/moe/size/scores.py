@@ -13,6 +13,7 @@ from solera_merge.moe.size.usage import LayerUsage
 __all__ = [
     "average",
     "closest_groups",
+    "contribution",
     "frequency",
     "greedy_groups",
     "linked_groups",
@@ -32,6 +33,12 @@ def reap(usage: LayerUsage) -> Array:
     where the model renormalises, over the plain softmax where it does not.
     """
     found: Array = usage.contribution / np.maximum(usage.counts, 1)
+    return found
+
+
+def contribution(usage: LayerUsage) -> Array:
+    """The same over all tokens, (E,): REAP times frequency, what the layer's output loses without the expert."""
+    found: Array = usage.contribution / max(usage.tokens, 1)
     return found
 
 

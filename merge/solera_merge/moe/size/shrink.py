@@ -36,6 +36,7 @@ from solera_merge.moe.write import write_whole
 __all__ = ["build_shrunk", "neuron_features", "plan_shrunk", "shrunk_skeleton"]
 
 _KINDS: Final = {PruneConfig: "moe-prune", MergeExpertsConfig: "moe-merge-experts"}
+_SCORES: Final = {"reap": scores.reap, "contribution": scores.contribution, "frequency": scores.frequency}
 _HARMED: Final = 0.05
 """A rise of a domain's loss, as a share, from which a warning names it; where it is also twice the mean rise."""
 
@@ -237,19 +238,17 @@ def _examine(
 def _groups(config: ShrinkConfig, keep: int, usage: LayerUsage, experts: Any) -> list[Group]:
     """The experts of one layer that are left, in the order of their router rows in the original."""
     if isinstance(config, PruneConfig):
-        score_E = scores.reap(usage) if config.score == "reap" else scores.frequency(usage)
-        return [Group((e,)) for e in scores.most_salient(score_E, keep)]
+        return [Group((e,)) for e in scores.most_salient(_SCORES[config.score](usage), keep)]
     assert isinstance(config, MergeExpertsConfig)
+    score_E = _SCORES[config.score or ("reap" if config.group == "ream" else "frequency")](usage)
     match config.group:
         case "ream":
-            score_E = scores.reap(usage)
-            members = scores.greedy_groups(
-                score_E, scores.similarity(usage, outputs=True), keep, size=config.group_size
-            )
+            similar_EE = scores.similarity(usage, outputs=True)
+            members = scores.greedy_groups(score_E, similar_EE, keep, size=config.group_size)
         case "m_smoe":
-            members = scores.closest_groups(scores.frequency(usage), scores.similarity(usage, outputs=False), keep)
+            members = scores.closest_groups(score_E, scores.similarity(usage, outputs=False), keep)
         case _:
-            members = scores.linked_groups(scores.frequency(usage), usage.outputs / usage.sampled, keep)
+            members = scores.linked_groups(score_E, usage.outputs / usage.sampled, keep)
     # A leader's are used again and again, a member's once: two at a time are in memory.
     features = lru_cache(maxsize=2)(lambda e: neuron_features(config.align, e, usage, experts))
 
