@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
-from solera_core.errors import CheckpointError, ConfigError, DataError
+from solera_core.errors import CheckpointError, ConfigError, DataError, TargetError
 from solera_core.output import verify
 from solera_core.progress import Silent
 from solera_core.strict import parse
@@ -544,6 +544,20 @@ def test_damaged_weights_leave_nothing_behind(
     with pytest.raises(CheckpointError, match="NaN or infinite"):
         prune(model, domain_text, tmp_path / "out", keep=3)
     assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+
+
+def test_the_model_is_not_replaced_by_what_is_made_of_it(
+    moes: dict[str, Path], domain_text: dict[str, Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "moe"
+    shutil.copytree(moes["mixtral"], model)
+    (model / "solera.json").write_text("{}")
+    before = (model / "model.safetensors").read_bytes()
+    config = parse(PruneConfig, settings(model, domain_text, keep=3), where="test")
+    for out in (model, model / "inside"):
+        with pytest.raises(TargetError, match="directory of the input"):
+            build_shrunk(config, out, Context(overwrite=True))
+    assert (model / "model.safetensors").read_bytes() == before
 
 
 def test_the_command_line(

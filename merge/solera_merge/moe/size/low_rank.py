@@ -114,6 +114,10 @@ def extract_experts(config: ExtractExpertsConfig, out: Path, ctx: Context) -> Pa
         warnings = list(dict.fromkeys([*plan.warnings, *text.warnings, *_doubts(before, tried)]))
         for warning in warnings:
             ctx.progress.note(f"warning: {warning}")
+        rows = _table(config, before, tried, specialists)
+        for row in rows:
+            said = ", ".join(f"{name} {loss:.4g}" for name, loss in row["held_out_nll"].items())
+            ctx.progress.note(f"{row['what']}, {row['bytes_beside_the_base']:,} bytes beside the base: {said}")
         report = _route(config, staging, out, ctx)
         write_provenance(
             staging,
@@ -128,7 +132,7 @@ def extract_experts(config: ExtractExpertsConfig, out: Path, ctx: Context) -> Pa
             checks={
                 "what": _NOTE,
                 "ranks": {name: t.rank for name, t in tried.items()},
-                "sizes": _table(config, before, tried, specialists),
+                "sizes": rows,
                 "route": report,
                 "warnings": warnings,
             },
