@@ -88,11 +88,9 @@ def build_shrunk(config: ShrinkConfig, out: Path, ctx: Context) -> Path:
             )
             rows.append(_row(keep, measured, text, losses))
         for row in rows:
-            domains_said = ", ".join(f"{name} {loss:.4g}" for name, loss in row["held_out_nll"].items())
-            ctx.progress.note(
-                f"{row['experts']} experts, {row['parameters']:,} parameters: {row['mean']:.4g} nats a token on held-out "
-                f"text ({domains_said})"
-            )
+            said = ", ".join(f"{name} {loss:.4g}" for name, loss in row["held_out_nll"].items())
+            size = f"{row['experts']} experts, {row['parameters']:,} parameters"
+            ctx.progress.note(f"{size}: {row['mean']:.4g} nats a token on held-out text ({said})")
         found = [*warnings, *text.warnings, *_harm(rows, config.keep)]
         for warning in found[len(warnings) + len(text.warnings) :]:
             ctx.progress.note(f"warning: {warning}")
