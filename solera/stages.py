@@ -229,9 +229,12 @@ def _functions(kind: str, config: Strict) -> tuple[_Plan, _Run]:
 
             return plan_merge, merge
         case "moe":
+            from solera.healing import build_trained, is_trained, plan_trained
             from solera_merge.moe.build import build_moe, plan_moe
+            from solera_merge.moe.config import MoeConfig
 
-            return plan_moe, build_moe
+            assert isinstance(config, MoeConfig)
+            return (plan_trained, build_trained) if is_trained(config) else (plan_moe, build_moe)
         case "moe-prune" | "moe-merge-experts":
             from solera_merge.moe.size.shrink import build_shrunk, plan_shrunk
 
@@ -268,7 +271,7 @@ def _references(kind: str, config: Strict) -> References:
             return References(tuple(dict.fromkeys(_model_references(config))), tuple(dict.fromkeys(_sources(config))))
 
 
-_MODEL_FIELDS = {"model", "base_model", "from_", "source_model"}
+_MODEL_FIELDS = {"model", "base_model", "from_", "source_model", "extend"}
 
 
 def _model_references(value: Any, field: str = "") -> Iterable[str]:

@@ -50,13 +50,16 @@ def fitted(
 
 def test_the_output_is_whole(fitted: Path, siblings: dict[str, Path]) -> None:
     assert verify(fitted) == []
-    assert {p.name for p in fitted.iterdir()} == {p.name for p in siblings["base"].iterdir()} | {"solera.json"}
+    assert {p.name for p in fitted.iterdir()} == {p.name for p in siblings["base"].iterdir()} | {
+        "solera.json",
+        "router_statistics",
+    }
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (fitted / name).read_bytes() == (siblings["base"] / name).read_bytes()
     record = json.loads((fitted / "solera.json").read_text())
     assert record["kind"] == "moe"
     assert [entry["name"] for entry in record["inputs"]] == [
-        "trunk",
+        "base",
         *("letters", "digits", "signs"),
         *("text of letters", "text of digits", "text of signs"),
     ]
@@ -292,9 +295,8 @@ def test_the_plan_says_what_the_build_does(
 ) -> None:
     plan = plan_moe(moe_config(siblings["base"], specialists, data=domain_text), Context())
     assert json.loads(json.dumps(plan.to_json()))["stage"] == "moe"
-    assert {w["what"]: w["bytes"] for w in plan.writes} == {
-        p.name: p.stat().st_size for p in fitted.glob("*.safetensors")
-    }
+    written_bytes = {str(p.relative_to(fitted)): p.stat().st_size for p in fitted.rglob("*.safetensors")}
+    assert {w["what"]: w["bytes"] for w in plan.writes} == written_bytes
     written = load_file(fitted / "model.safetensors")
     assert {row["tensor"]: tuple(row["shape"]) for row in plan.rows} == {n: t.shape for n, t in written.items()}
     assert plan.parameters["parameters_total"] == sum(t.size for t in written.values())
@@ -303,7 +305,7 @@ def test_the_plan_says_what_the_build_does(
     assert plan.parameters["router"]["tokens_per_domain"] == 1500
     assert any("only the feed-forward networks are used" in warning for warning in plan.warnings)
     assert any("sequence_tokens: 256 is more than" in w and "sequences of 128 are used" in w for w in plan.warnings)
-    assert [read["what"] for read in plan.reads][:2] == ["trunk", "expert 'letters'"]
+    assert [read["what"] for read in plan.reads][:2] == ["base_model", "expert 'letters'"]
     froms = {row["from"] for row in plan.rows}
     assert froms == {"trunk", "router", "letters", "digits", "signs"}
 
@@ -337,8 +339,8 @@ def test_warnings_name_what_a_careful_person_wants_to_know(
     config = json.loads((far / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 1e6
     (far / "config.json").write_text(json.dumps(config))
-    warnings = plan_moe(moe_config(base, {"base": base, "far": far}), Context()).warnings
-    assert any("expert 'base' is the trunk itself" in warning for warning in warnings)
+    warnings = plan_moe(moe_config(base, {"same": base, "far": far}), Context()).warnings
+    assert any("expert 'same' is the trunk itself" in warning for warning in warnings)
     assert any("expert 'far': its rope_parameters is" in warning for warning in warnings)
 
 
