@@ -1,12 +1,10 @@
-"""Running a model of any size one layer after the other: text goes through a layer, waits on the disk, then the next.
+"""A model of any size on text, layer by layer (`moe/layers.py`): its losses, and what its layers do meanwhile.
 
-Every layer becomes a model of one layer, written to a scratch folder and loaded by transformers, so that masks, rotary
-embeddings and routers are transformers' own. In memory is one layer in float32 (and embedding and head, for the first
-and the last); on the disk one layer as stored and one float32 state a token.
+In memory is one layer in float32, with embedding and head for the first and the last; on the disk one layer as stored
+and one float32 state a token.
 """
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -14,13 +12,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 
 from solera_core.architecture import num_layers, vocab_size
-from solera_core.causal_lm import load_model
 from solera_core.checkpoint import Checkpoint
 from solera_core.errors import CheckpointError
 from solera_core.progress import Progress
 from solera_core.views import view
 from solera_merge.moe.calibration import Sequences
-from solera_merge.moe.states import batches
+from solera_merge.moe.layers import Chunk, Layers, States, chunks_of, embed, through
 from solera_merge.moe.write import Part, write_part
 
 if TYPE_CHECKING:
@@ -57,120 +54,94 @@ def layer_by_layer(
         what: for the progress.
 
     Raises:
-        CheckpointError: a state is not finite, naming the layer.
+        CheckpointError: a state or a likelihood is not finite.
     """
     import torch
 
-    layers, width = num_layers(checkpoint.config) or 0, checkpoint.tensors[_EMBEDDING].shape[1]
-    runs = [*((text, True) for text in watched), *((text, False) for text in scored)]
-    total = sum(text.tokens for text, _ in runs)
+    layers = _layers(checkpoint, scratch / "layer")
+    chunks = chunks_of([*watched, *scored])
+    sums = np.zeros(len(watched) + len(scored))
+    total = sum(chunk.ids.numel() for chunk in chunks)
     scratch.mkdir()
     try:
-        states = np.memmap(scratch / "states", np.float32, "w+", shape=(total, width))
-        _embed(checkpoint, [text for text, _ in runs], states)
-        nll = [0.0] * len(scored)
-        with torch.inference_mode(), progress.task(what, total * layers, "tokens") as task:
-            for layer in range(layers):
-                last = layer == layers - 1
-                model = _load(checkpoint, layer, scratch / "layer", whole_vocabulary=last)
-                if not last:
-                    _without_norm(model)
-                at = 0
-                # What is watched comes first.
+        with (
+            States(scratch / "states", layers.width) as states,
+            torch.inference_mode(),
+            progress.task(what, total * len(layers), "tokens") as task,
+        ):
+
+            def run(chunk: Chunk, layer: int, model: "PreTrainedModel") -> None:
+                head = layer == len(layers) - 1 and chunk.text >= len(watched)
+                x_ND = torch.from_numpy(states.read(chunk.start, chunk.ids.numel()))
+                x_BTD = x_ND.reshape(*chunk.ids.shape, layers.width)
+                # The logits of one sequence at a time are enough to hold.
+                for i, rows in enumerate(x_BTD.split(1 if head else len(x_BTD))):
+                    y_BTD, logits_BTV = through(model, rows, head=head)
+                    if logits_BTV is not None:
+                        sums[chunk.text] += _nll(chunk.ids[i], chunk.targets[i], logits_BTV[0])
+                    elif bool(torch.isfinite(y_BTD).all()):
+                        states.write(chunk.start, y_BTD)
+                    else:
+                        raise CheckpointError(
+                            f"{checkpoint.ref}: layer {layer} gives states that are NaN or infinite; it is damaged"
+                        )
+                task.advance(chunk.ids.numel())
+
+            first_scored = sum(chunk.text < len(watched) for chunk in chunks)
+            for layer in range(len(layers)):
+                model = layers.load(layer)
+                if layer == 0:  # before anybody watches: the embeddings come out of a forward pass
+                    for chunk in chunks:
+                        states.write(chunk.start, embed(model, chunk.ids))
                 with watch(layer, model) if watch is not None else nullcontext():
-                    for text, _ in filter(lambda run: run[1], runs):
-                        for ids_BT, x_BTD in _states(text, states, at):
-                            y_BTD = _base(model, x_BTD)
-                            _put(states, at, y_BTD, layer)
-                            at += ids_BT.numel()
-                            task.advance(ids_BT.numel())
-                for domain, text in enumerate(scored):
-                    sums = 0.0
-                    for (ids_BT, targets_BT), (_, x_BTD) in zip(batches(text), _states(text, states, at), strict=True):
-                        if last:
-                            sums += sum(_nll(model, *row) for row in zip(ids_BT, targets_BT, x_BTD, strict=True))
-                        else:
-                            _put(states, at, _base(model, x_BTD), layer)
-                        at += ids_BT.numel()
-                        task.advance(ids_BT.numel())
-                    nll[domain] = sums / text.scored
+                    for chunk in chunks[:first_scored]:
+                        run(chunk, layer, model)
+                for chunk in chunks[first_scored:]:
+                    run(chunk, layer, model)
                 del model
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    for value in nll:
-        if not np.isfinite(value):
-            raise CheckpointError(f"{checkpoint.ref}: gives a likelihood that is NaN or infinite; it is damaged")
+        for leftover in scratch.iterdir():
+            leftover.unlink()
+        scratch.rmdir()
+    nll = [float(value) / text.scored for value, text in zip(sums[len(watched) :], scored, strict=True)]
+    if not np.isfinite(nll).all():
+        raise CheckpointError(f"{checkpoint.ref}: gives a likelihood that is NaN or infinite; it is damaged")
     return nll
 
 
-def _embed(checkpoint: Checkpoint, texts: Sequence[Sequences], states: "np.ndarray[Any, Any]") -> None:
-    embedding = checkpoint.read(_EMBEDDING)
-    at = 0
-    for text in texts:
-        for ids in text.ids:
-            states[at : at + len(ids)] = embedding[list(ids)]
-            at += len(ids)
-
-
-def _load(checkpoint: Checkpoint, layer: int, folder: Path, *, whole_vocabulary: bool) -> "PreTrainedModel":
-    """A model of this layer alone, in float32; with one row of vocabulary where no logits are asked for."""
+def _layers(checkpoint: Checkpoint, scratch: Path) -> Layers:
+    """Every layer as a model of its own, also of models whose layers are not all alike."""
     from transformers import AutoConfig
 
-    prefix = f"model.layers.{layer}."
-    tensors = {n: n for n in checkpoint.tensors if not n.startswith("model.layers.") or n.startswith(prefix)}
-    config = checkpoint.config
     resolved: Any = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-    if (types := getattr(resolved, "layer_types", None)) is not None:
-        config["layer_types"] = list(types)
-    if hasattr(resolved, "mlp_only_layers"):
-        sparse = any(".experts." in name for name in tensors)
-        config |= {"mlp_only_layers": [] if sparse else [0], "decoder_sparse_step": 1}
-    if layer > 0 and hasattr(resolved, "embedding_multiplier"):
-        config["embedding_multiplier"] = 1.0
-    vocabulary = (vocab_size(config) or 0) if whole_vocabulary else 1
-    folder.mkdir()
-    write_part(folder, view(checkpoint, tensors, what={"layer": layer}, config=config), Part([layer], vocabulary))
-    model = load_model(folder)
-    shutil.rmtree(folder)
-    return model
+
+    def write(directory: Path, part: Part) -> None:
+        (layer,) = part.layers
+        prefix = f"model.layers.{layer}."
+        tensors = {n: n for n in checkpoint.tensors if not n.startswith("model.layers.") or n.startswith(prefix)}
+        config = checkpoint.config
+        if (types := getattr(resolved, "layer_types", None)) is not None:
+            config["layer_types"] = list(types)  # config.json may leave them to be worked out from the layer's number
+        if hasattr(resolved, "mlp_only_layers"):
+            sparse = any(".experts." in name for name in tensors)
+            config |= {"mlp_only_layers": [] if sparse else [0], "decoder_sparse_step": 1}
+        write_part(directory, view(checkpoint, tensors, what={"layer": layer}, config=config), part)
+
+    return Layers(
+        write,
+        scratch,
+        layers=num_layers(checkpoint.config) or 0,
+        vocabulary=vocab_size(checkpoint.config) or 0,
+        width=checkpoint.tensors[_EMBEDDING].shape[1],
+        nbytes=4 * sum(info.size for info in checkpoint.tensors.values()),
+    )
 
 
-def _without_norm(model: "PreTrainedModel") -> None:
-    """The layer's own output instead of the normalised one."""
-    import torch
-
-    base: Any = model.base_model
-    base.norm = torch.nn.Identity()
-
-
-def _states(text: Sequences, states: "np.ndarray[Any, Any]", at: int) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
-    """Ids (B, T) and states (B, T, D) of every batch, read when it is due."""
-    import torch
-
-    for ids_BT, _ in batches(text):
-        x_ND = torch.from_numpy(np.array(states[at : at + ids_BT.numel()]))
-        yield ids_BT, x_ND.reshape(*ids_BT.shape, -1)
-        at += ids_BT.numel()
-
-
-def _base(model: "PreTrainedModel", x_BTD: "torch.Tensor") -> "torch.Tensor":
-    found: torch.Tensor = model.base_model(inputs_embeds=x_BTD, use_cache=False).last_hidden_state
-    return found
-
-
-def _put(states: "np.ndarray[Any, Any]", at: int, y_BTD: "torch.Tensor", layer: int) -> None:
-    values = y_BTD.reshape(-1, y_BTD.shape[-1]).numpy()
-    if not np.isfinite(values).all():
-        raise CheckpointError(f"layer {layer} gives states that are NaN or infinite; the model is damaged")
-    states[at : at + len(values)] = values
-
-
-def _nll(model: "PreTrainedModel", ids_T: "torch.Tensor", targets_T: "torch.Tensor", x_TD: "torch.Tensor") -> float:
-    """Of one sequence, summed: so there are the logits of one sequence only."""
+def _nll(ids_T: "torch.Tensor", targets_T: "torch.Tensor", logits_TV: "torch.Tensor") -> float:
+    """Of one sequence, summed over what is scored; its first token has no context."""
     import torch
 
     if len(ids_T) < 2:
         return 0.0
-    logits_TV = model(inputs_embeds=x_TD[None], use_cache=False).logits[0, :-1].float()
-    nll_T = torch.nn.functional.cross_entropy(logits_TV, ids_T[1:], reduction="none")
+    nll_T = torch.nn.functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none")
     return float(nll_T.double()[targets_T[1:]].sum())

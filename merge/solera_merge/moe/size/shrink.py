@@ -23,6 +23,7 @@ from solera_core.threads import torch_threads
 from solera_core.writer import TensorSpec, layout
 from solera_merge.figures import rounded
 from solera_merge.moe.calibration import Domain
+from solera_merge.moe.layers import chunks_of
 from solera_merge.moe.size import scores
 from solera_merge.moe.size.config import MergeExpertsConfig, PruneConfig, ShrinkConfig
 from solera_merge.moe.size.existing import Existing, read_existing
@@ -30,7 +31,6 @@ from solera_merge.moe.size.groups import Group, first_experts, regrouped
 from solera_merge.moe.size.layerwise import layer_by_layer
 from solera_merge.moe.size.text import DomainText, encode_text, read_text
 from solera_merge.moe.size.usage import LayerUsage, hidden_neurons, watch_usage
-from solera_merge.moe.states import batches
 from solera_merge.moe.write import write_whole
 
 __all__ = ["build_shrunk", "neuron_features", "plan_shrunk", "shrunk_skeleton"]
@@ -226,12 +226,11 @@ def _examine(
         }
 
     needs_outputs = isinstance(config, MergeExpertsConfig)
-    n_batches = sum(1 for sequences in text.seen for _ in batches(sequences))
     before = layer_by_layer(
         model.checkpoint,
         scored=text.held_out,
         watched=text.seen,
-        watch=watch_usage(decide, batches=n_batches, outputs=needs_outputs),
+        watch=watch_usage(decide, batches=len(chunks_of(text.seen)), outputs=needs_outputs),
         scratch=scratch,
         progress=ctx.progress,
         what="what the experts do",
