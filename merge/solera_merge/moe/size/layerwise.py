@@ -75,8 +75,9 @@ def layer_by_layer(
                 x_ND = torch.from_numpy(states.read(chunk.start, chunk.ids.numel()))
                 x_BTD = x_ND.reshape(*chunk.ids.shape, layers.width)
                 # The logits of one sequence at a time are enough to hold.
-                for i, rows in enumerate(x_BTD.split(1 if head else len(x_BTD))):
-                    y_BTD, logits_BTV = through(model, rows, head=head)
+                step = 1 if head else len(x_BTD)
+                for i in range(0, len(x_BTD), step):
+                    y_BTD, logits_BTV = through(model, x_BTD[i : i + step], head=head)
                     if logits_BTV is not None:
                         sums[chunk.text] += _nll(chunk.ids[i], chunk.targets[i], logits_BTV[0])
                     elif bool(torch.isfinite(y_BTD).all()):
