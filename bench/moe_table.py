@@ -1,0 +1,110 @@
+"""The table of bench/moe.py: means with intervals over seeds, and verdicts on what was aimed at."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+__all__ = ["report", "student_t"]
+
+WITHIN = 1.05
+"""A healed mixture shall lose at most 5 % of the specialists' mean nats a token."""
+MERGEKIT = "mergekit-moe"
+OURS = "fit "
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+Rows = Mapping[str, Mapping[str, float]]
+"""Column of the table -> domain -> nats a token."""
+
+
+def student_t(freedom: int) -> float:
+    """The 97.5 % point of Student's distribution; 1.96 beyond nine degrees of freedom."""
+    return _T.get(freedom, 1.96)
+
+
+def report(root: Path, tuned: Sequence[str]) -> None:
+    """Print what `root` holds: one table and its verdicts for each way of tuning."""
+    for way in tuned:
+        files = sorted(root.glob(f"{way}-*/rows.json"))
+        found: dict[str, Rows] = {
+            file.parent.name.removeprefix(f"{way}-"): json.loads(file.read_text()) for file in files
+        }
+        if found:
+            _one(way, found)
+
+
+def _one(way: str, found: Mapping[str, Rows]) -> None:
+    seeds = list(found)
+    title = {"ffn": "feed-forward networks alone", "full": "all weights"}[way]
+    print(f"\nSpecialists that trained {title}; seeds {', '.join(seeds)}. Nats a token on test text.\n")
+    names = list(dict.fromkeys(name for rows in found.values() for name in rows))
+    domains = list(next(iter(next(iter(found.values())).values())))
+    print(
+        "| model | "
+        + " | ".join(domains)
+        + " | mean | above the specialists |\n|---" * 1
+        + "|---" * (len(domains) + 2)
+        + "|"
+    )
+    floor = _of(found, lambda rows: _mean(rows["specialists"]))
+    for name in names:
+        have = {seed: rows for seed, rows in found.items() if name in rows}
+        cells = [_cell([rows[name][domain] for rows in have.values()], 2) for domain in domains]
+        whole = _cell([_mean(rows[name]) for rows in have.values()], 3)
+        above = _cell([100 * (_mean(rows[name]) / floor[seed] - 1) for seed, rows in have.items()], 1, " %")
+        some = "" if len(have) == len(found) else f" ({len(have)} seeds)"
+        print(f"| {name}{some} | " + " | ".join(cells) + f" | {whole} | {above} |")
+    print()
+    _verdicts(found, names)
+
+
+def _verdicts(found: Mapping[str, Rows], names: Sequence[str]) -> None:
+    theirs = [name for name in names if name.startswith(MERGEKIT)]
+    ours = [name for name in names if name.startswith(OURS)]
+    pairs = [(a, b, _of(found, lambda rows, a=a, b=b: _mean(rows[a]) - _mean(rows[b]))) for a in ours for b in theirs]
+    lost = [
+        f"{a} against {b} ({_cell(list(d.values()), 3)})" for a, b, d in pairs if d and statistics.mean(d.values()) >= 0
+    ]
+    won = len(pairs) - len(lost)
+    verdict = "held" if pairs and not lost else "missed"
+    print(f"- every fit better than every mergekit-moe mode: {verdict}, {won} of {len(pairs)} pairs better on the mean")
+    for line in lost:
+        print(f"    - not: {line}")
+    healed = [name for name in names if name.startswith("healed")]
+    for name in healed:
+        share = _of(found, lambda rows, name=name: _mean(rows[name]) / _mean(rows["specialists"]))
+        ok = statistics.mean(share.values()) <= WITHIN
+        above = _cell([100 * (value - 1) for value in share.values()], 1, " %")
+        print(f"- {name} within 5 % of the specialists: {'held' if ok else 'missed'}, {above} above them")
+        gain = _of(found, lambda rows, name=name: _mean(rows["control"]) - _mean(rows[name]))
+        ok = statistics.mean(gain.values()) > 0
+        print(
+            f"- {name} better than the dense control: {'held' if ok else 'missed'}, by {_cell(list(gain.values()), 3)} nats"
+        )
+
+
+def _of(found: Mapping[str, Rows], value: Callable[[Rows], float]) -> dict[str, float]:
+    """A figure by seed, of the seeds that have it."""
+    result: dict[str, float] = {}
+    for seed, rows in found.items():
+        try:
+            result[seed] = value(rows)
+        except KeyError:  # this seed is not done
+            continue
+    return result
+
+
+def _mean(by_domain: Mapping[str, float]) -> float:
+    return statistics.mean(by_domain.values())
+
+
+def _cell(values: Sequence[float], digits: int, unit: str = "") -> str:
+    """Mean, and half of its 95 % interval over the seeds."""
+    if not values:
+        return "-"
+    centre = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return centre + unit
+    half = student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{centre} ± {half:.{digits}f}{unit}"
