@@ -198,7 +198,7 @@ def merges(work: Work, experts: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def mergekit_moe(work: Work, experts: Mapping[str, Path], trunk: Path, mode: str, top_k: int, name: str) -> Path:
-    """The peer's own command line. Its gates do not depend on k, so k = 1 is the same build with another config.json."""
+    """The peer's own command line. Its gates do not depend on k: k = 1 is the same build with another config.json."""
     out = work.root / name
     if out.exists():
         return out

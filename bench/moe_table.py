@@ -78,10 +78,8 @@ def _verdicts(found: Mapping[str, Rows], names: Sequence[str]) -> None:
         above = _cell([100 * (value - 1) for value in share.values()], 1, " %")
         print(f"- {name} within 5 % of the specialists: {'held' if ok else 'missed'}, {above} above them")
         gain = _of(found, lambda rows, name=name: _mean(rows["control"]) - _mean(rows[name]))
-        ok = statistics.mean(gain.values()) > 0
-        print(
-            f"- {name} better than the dense control: {'held' if ok else 'missed'}, by {_cell(list(gain.values()), 3)} nats"
-        )
+        verdict = "held" if statistics.mean(gain.values()) > 0 else "missed"
+        print(f"- {name} better than the dense control: {verdict}, by {_cell(list(gain.values()), 3)} nats")
 
 
 def _of(found: Mapping[str, Rows], value: Callable[[Rows], float]) -> dict[str, float]:
