@@ -236,7 +236,7 @@ def _references(kind: str, config: Strict) -> References:
             return References(tuple(dict.fromkeys(_model_references(config))), tuple(dict.fromkeys(_sources(config))))
 
 
-_MODEL_FIELDS = {"model", "base_model", "from_", "source_model"}
+_MODEL_FIELDS = {"model", "base_model", "from_", "source_model", "extend"}
 
 
 def _model_references(value: Any, field: str = "") -> Iterable[str]:

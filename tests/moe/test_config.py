@@ -33,7 +33,7 @@ def test_defaults_and_short_forms() -> None:
     [
         ({"expert": []}, r"expert: unknown key \(did you mean 'experts'\?\)"),
         ({"router": {"fitt": "ridge"}}, r"router.fitt: unknown key \(did you mean 'fit'\?\)"),
-        ({"router": {"fit": "ridg", "data": DATA}}, r"router.fit: .*'ridge', 'random', .*\(given: 'ridg'\)"),
+        ({"router": {"fit": "ridg", "data": DATA}}, r"router.fit: .*'ridge', 'lda', .*\(given: 'ridg'\)"),
         ({"top_k": 3}, "top_k: 3 experts a token asked, but there are only 2"),
         ({"top_k": 0}, "top_k: .*greater than or equal to 1"),
         ({"experts": EXPERTS[:1], "router": {"fit": "random"}}, "experts: .*at least 2"),
@@ -42,7 +42,23 @@ def test_defaults_and_short_forms() -> None:
         ({"router": {"data": {"math": "m.jsonl"}}}, "router.data: no text for code; fit: ridge needs some of every"),
         ({"router": {}}, "router.data: no text for math, code"),
         ({"router": {"data": DATA | {"maths": "x"}}}, r"router.data.maths: no such expert \(did you mean 'math'\?\)"),
-        ({"router": {"fit": "random", "data": DATA}}, "router.data: fit: random does not use it"),
+        (
+            {"router": {"fit": "random", "data": {"math": "m"}}},
+            "router.data: no text for code; what is",
+        ),
+        ({"router": {"fit": "nll"}}, "router.unlabelled: no text; fit: nll needs some"),
+        ({"router": {"data": DATA, "unlabelled": "x"}}, "router.unlabelled: fit: ridge does not use it"),
+        ({"router": {"data": DATA, "shrinkage": 0}}, "router.shrinkage: .*greater than 0"),
+        ({"base_model": None}, "base_model: is missing"),
+        ({"extend": "old"}, "base_model: extend keeps the trunk of the MoE that it extends"),
+        (
+            {"base_model": None, "extend": "old", "router": {"fit": "logistic", "data": DATA}},
+            "router.fit: logistic cannot add an expert to sums that were saved; use one of ridge, lda, centroid, auto",
+        ),
+        (
+            {"base_model": None, "extend": "old", "router": {"data": {"math": "m"}}},
+            "router.data: no text for code; every new expert needs some",
+        ),
         ({"router": {"data": DATA | {"math": []}}}, "router.data.math: .*at least 1"),
         ({"router": {"data": DATA, "temperature": 0}}, "router.temperature"),
         ({"router": {"data": DATA, "holdout": 1.0}}, "router.holdout: .*less than 1"),

@@ -13,9 +13,10 @@ from solera_core.context import Context
 from solera_core.errors import CheckpointError
 from solera_core.progress import Silent
 from solera_merge.moe.calibration import Sequences
-from solera_merge.moe.dense import read_dense
+from solera_merge.moe.dense import Dense, read_dense
+from solera_merge.moe.layers import Layers, dense_layers
 from solera_merge.moe.routing import first_choices, forced_route, mean_nll
-from solera_merge.moe.states import batches, router_statistics
+from solera_merge.moe.states import RouterStatistics, Taught, batches, taught_states
 from solera_merge.moe.targets.mixtral import TARGET
 
 
@@ -23,6 +24,15 @@ def sequences(lengths: list[int], seed: int) -> Sequences:
     draw = np.random.default_rng(seed)
     ids = tuple(tuple(int(t) for t in draw.integers(0, 304, size=n)) for n in lengths)
     return Sequences(ids, tuple((True,) * n for n in lengths))
+
+
+def statistics(
+    base: Path, experts: list[Dense], text: list[Sequences], scratch: Path, layers: Layers | None = None
+) -> list[RouterStatistics]:
+    trunk = read_dense("trunk", open_checkpoint(base, Context()))
+    taught = [Taught(e, f"router.data.{e}", sequences) for e, sequences in enumerate(text)]
+    options: dict[str, Any] = {"scratch": scratch, "keep": False, "threads": 1, "progress": Silent()}
+    return [layer.statistics for layer in taught_states(trunk, experts, taught, layers=layers, **options)]
 
 
 def test_batches_keep_every_token_in_order() -> None:
@@ -39,7 +49,7 @@ def test_statistics_are_of_what_the_built_routers_read(
     out = build(tmp_path / "moe", siblings["base"], {n: siblings[n] for n in names})
     experts = [read_dense(n, open_checkpoint(siblings[n], Context())) for n in names]
     text = [sequences([40, 40, 9], 1), sequences([40, 12], 2)]
-    found = router_statistics(load_model(siblings["base"]), experts, text, progress=Silent())
+    found = statistics(siblings["base"], experts, text, tmp_path)
     assert len(found) == 2
 
     # The other road: run the built MoE with every token sent to the domain's expert, and watch the routers' inputs.
@@ -62,20 +72,28 @@ def test_statistics_are_of_what_the_built_routers_read(
         np.testing.assert_allclose(found[layer].sums, sums, rtol=1e-5, atol=1e-3)
         assert found[layer].counts.tolist() == [89, 52]
     # and another expert's networks would give other states in layer 1, so the comparison can fail
-    swapped = router_statistics(load_model(siblings["base"]), experts[::-1], text, progress=Silent())
+    swapped = statistics(siblings["base"], experts[::-1], text, tmp_path)
     np.testing.assert_allclose(swapped[0].gram, found[0].gram, rtol=1e-5, atol=1e-3)
     assert np.abs(swapped[1].gram - found[1].gram).max() > 1
 
 
-def test_nan_states_name_layer_and_domain(siblings: dict[str, Path]) -> None:
+def test_nan_states_name_layer_domain_and_document(siblings: dict[str, Path], tmp_path: Path) -> None:
     import torch
 
-    model = load_model(siblings["base"])
-    with torch.no_grad():
-        model.get_parameter("model.layers.1.self_attn.q_proj.weight").fill_(float("nan"))
+    base = read_dense("trunk", open_checkpoint(siblings["base"], Context()))
+    layers = dense_layers(base, base, tmp_path / "layer", threads=1)
     expert = read_dense("expert 'a'", open_checkpoint(siblings["a"], Context()))
-    with pytest.raises(CheckpointError, match="expert 'a': its text gives states that are NaN or infinite at layer 1"):
-        router_statistics(model, [expert], [sequences([20], 0)], progress=Silent())
+    ids = ((1,) * 20, (1,) * 10 + (7,) + (1,) * 9)
+    text = Sequences(ids, ((True,) * 20,) * 2, ((0, "a.jsonl:1"), (15, "a.jsonl:7"), (30, "a.jsonl:9")))
+    with torch.no_grad():  # the model is small enough to be kept, so what is damaged here is what runs
+        layers.load(0).get_parameter("model.embed_tokens.weight")[7] = float("nan")
+    with pytest.raises(CheckpointError, match=r"data.0: text of a.jsonl:7 to a.jsonl:9 gives states .* layer 0"):
+        statistics(siblings["base"], [expert], [text], tmp_path, layers)
+    layers = dense_layers(base, base, tmp_path / "layer", threads=1)
+    with torch.no_grad():
+        layers.load(1).get_parameter("model.layers.0.self_attn.q_proj.weight").fill_(float("nan"))
+    with pytest.raises(CheckpointError, match=r"data.0: text of a.jsonl:1 to a.jsonl:7 gives states .* layer 1"):
+        statistics(siblings["base"], [expert], [text], tmp_path, layers)
 
 
 def test_mean_nll_is_the_loss_of_transformers(siblings: dict[str, Path]) -> None:

@@ -5,15 +5,19 @@ open_inputs -> write_moe -> check_output -> check_identity -> fit_routers -> tun
 
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
-from solera_core.data import data_path
+from solera_core.data import DataSource, data_path
 from solera_core.digest import tensor_digest
 from solera_core.errors import ConfigError
 from solera_core.output import InputRecord, check_output, data_record, input_record, write_provenance
@@ -22,13 +26,25 @@ from solera_core.staging import check_apart, check_target, require_disk, staged
 from solera_core.threads import torch_threads
 from solera_core.writer import layout
 from solera_merge.moe.calibration import Domain, read_domains
-from solera_merge.moe.config import MoeConfig
+from solera_merge.moe.config import MoeConfig, RouterConfig
 from solera_merge.moe.dense import Dense, dense_shapes, is_ffn
-from solera_merge.moe.fit import encode_domains, fit_routers, needs_trunk_copy, random_routers, tune_routers
+from solera_merge.moe.extend import trunk_digest
+from solera_merge.moe.fit import (
+    TEXT_FITS,
+    Calibration,
+    about,
+    encode_domains,
+    fit_routers,
+    needs_trunk_copy,
+    random_routers,
+)
 from solera_merge.moe.identity import Identity, check_identity, checked_parameters
 from solera_merge.moe.inputs import Inputs, open_inputs
+from solera_merge.moe.layers import layer_bytes
 from solera_merge.moe.prompts import PROMPT_FITS, prompt_routers
+from solera_merge.moe.statistics_file import STATISTICS_FILE, statistics_bytes
 from solera_merge.moe.targets.target import Piece
+from solera_merge.moe.tune import TRIALS, tune_routers
 from solera_merge.moe.write import moe_specs, replace_routers, write_moe
 
 __all__ = ["build_moe", "plan_moe"]
@@ -40,8 +56,8 @@ def plan_moe(config: MoeConfig, ctx: Context) -> Plan:
     Raises:
         SoleraError: everything that is wrong with the inputs and that headers and text files can tell.
     """
-    inputs, domains, warnings = _open(config, ctx)
-    return _plan(config, inputs, domains, warnings)
+    inputs, text, warnings = _open(config, ctx)
+    return _plan(config, inputs, text, warnings)
 
 
 def build_moe(config: MoeConfig, out: Path, ctx: Context) -> Path:
@@ -52,17 +68,17 @@ def build_moe(config: MoeConfig, out: Path, ctx: Context) -> Path:
             written does not compute what it should. Nothing is left behind.
     """
     check_target(out, overwrite=ctx.overwrite)
-    inputs, domains, warnings = _open(config, ctx)
+    inputs, text, warnings = _open(config, ctx)
     models = [d for dense in (inputs.trunk, *inputs.experts) for d in dense.checkpoint.directories]
-    sources = (data_path(source, ctx.base_dir) for text in config.router.data.values() for source in text)
+    sources = (data_path(source, ctx.base_dir) for _, source in _sources(config.router))
     check_apart(out, models, [path for path in sources if path is not None])
-    plan = _plan(config, inputs, domains, warnings)
+    plan = _plan(config, inputs, text, warnings)
     require_disk(out, plan.disk_bytes)
     ctx.progress.note("reading the inputs for their digests")
     records = _records(config, inputs, ctx)
     _check_contents(inputs, records)
     with torch_threads(ctx.threads), staged(out, overwrite=ctx.overwrite) as staging:
-        checks, digests = _build(config, inputs, domains, warnings, staging, ctx)
+        checks, digests = _build(config, inputs, text, warnings, staging, ctx)
         write_provenance(
             staging,
             kind="moe",
@@ -75,30 +91,53 @@ def build_moe(config: MoeConfig, out: Path, ctx: Context) -> Path:
     return out
 
 
-def _open(config: MoeConfig, ctx: Context) -> tuple[Inputs, list[Domain], list[str]]:
+@dataclass(frozen=True)
+class _Text:
+    """The text of a build, read and split."""
+
+    domains: Sequence[Domain]
+    unlabelled: Domain | None
+
+    def __bool__(self) -> bool:
+        return bool(self.domains) or self.unlabelled is not None
+
+
+def _sources(router: RouterConfig) -> list[tuple[str, DataSource]]:
+    """Every source of text with what it is."""
+    labelled = [(f"text of {name}", source) for name, sources in router.data.items() for source in sources]
+    return labelled + [("unlabelled text", source) for source in router.unlabelled]
+
+
+def _open(config: MoeConfig, ctx: Context) -> tuple[Inputs, _Text, list[str]]:
     inputs = open_inputs(config, ctx)
     router, fields = config.router, inputs.trunk.fields
     warnings = list(inputs.warnings)
+    options: dict[str, Any] = {"base_dir": ctx.base_dir, "holdout": router.holdout, "seed": ctx.seed}
     domains: list[Domain] = []
-    if router.fit == "ridge":
+    unlabelled: Domain | None = None
+    if router.data or router.unlabelled:
         if router.sequence_tokens > fields["max_position_embeddings"]:
             warnings.append(
                 f"router.sequence_tokens: {router.sequence_tokens} is more than the trunk's max_position_embeddings; "
                 f"sequences of {fields['max_position_embeddings']} are used"
             )
-        if router.tokens_per_domain < fields["hidden_size"]:
+        if router.fit in TEXT_FITS and router.tokens_per_domain < fields["hidden_size"]:
             raise ConfigError(
                 f"router.tokens_per_domain: {router.tokens_per_domain} is too little: a router has "
                 f"{fields['hidden_size']} inputs, and needs at least as many tokens of every domain "
                 "(several thousand are better)"
             )
-        domains, found = read_domains(
-            {name: router.data[name] for name in inputs.names},
-            base_dir=ctx.base_dir,
-            holdout=router.holdout,
-            seed=ctx.seed,
-        )
+    if router.data:
+        given = {name: router.data[name] for name in inputs.names if name in router.data}
+        domains, found = read_domains(given, **options)
         warnings += found
+    if router.unlabelled:
+        ((unlabelled,), _) = read_domains({"unlabelled": router.unlabelled}, key="router", **options)
+    if router.fit == "none":
+        warnings.append(
+            "router.fit: none: the rows are zero, so every token goes to the same experts with equal weights; put "
+            "your own in, or train them (fit: random starts better: with equal logits the other experts learn nothing)"
+        )
     if router.fit in PROMPT_FITS:
         warnings.append(
             f"router.fit: {router.fit}: a router made of a few prompts knows little of the domains; text of every "
@@ -112,10 +151,10 @@ def _open(config: MoeConfig, ctx: Context) -> tuple[Inputs, list[Domain], list[s
         "bytes: attention, norms, embeddings, head) give way to the trunk's. Where they were fine-tuned too, something "
         "is lost: solera.json says how far they are apart"
     )
-    return inputs, domains, warnings
+    return inputs, _Text(domains, unlabelled), warnings
 
 
-def _plan(config: MoeConfig, inputs: Inputs, domains: Sequence[Domain], warnings: Sequence[str]) -> Plan:
+def _plan(config: MoeConfig, inputs: Inputs, text: _Text, warnings: Sequence[str]) -> Plan:
     trunk, experts = inputs.trunk, len(inputs.experts)
     specs = moe_specs(inputs.target, trunk, experts=experts, width=inputs.width, dtype=config.dtype)
     total = sum(spec.size for spec in specs)
@@ -126,31 +165,21 @@ def _plan(config: MoeConfig, inputs: Inputs, domains: Sequence[Domain], warnings
     dense = sum(
         math.prod(shape) for shape in dense_shapes({**trunk.fields, "intermediate_size": inputs.width}).values()
     )
-    ridge = config.router.fit == "ridge"
-    runs_trunk = ridge or config.router.fit in PROMPT_FITS
-    grams = trunk.layers * int(trunk.fields["hidden_size"]) ** 2 * 8
-    checked = checked_parameters(inputs)
+    costs = _costs(config, inputs, text, dense_bytes=4 * dense)
     return Plan(
         stage="moe",
         reads=[
             _read_of(trunk, ffn=False),
             *(_read_of(expert, ffn=True) for expert in inputs.experts),
-            *(
-                {
-                    "what": f"text of {domain.name!r}",
-                    "path": ", ".join(source.path for source in config.router.data[domain.name]),
-                    "bytes": sum(document.n_bytes for document in (*domain.fit, *domain.held_out)),
-                    "documents": len(domain.fit),
-                    "documents_held_out": len(domain.held_out),
-                }
-                for domain in domains
-            ),
+            *(_text_of(domain, config.router.data[domain.name]) for domain in text.domains),
+            *([_text_of(text.unlabelled, config.router.unlabelled)] if text.unlabelled else []),
         ],
-        writes=[{"what": shard.file, "bytes": shard.nbytes} for shard in layout(specs)],
-        # float32 models: the identity check holds a MoE of some layers and three dense ones; the fit one dense model
-        # and its Gram matrices; the temperature search the whole MoE.
-        memory_bytes=max(checked * 10, (4 * dense + 2 * grams * ridge) * runs_trunk, 4 * total * ridge) + (1 << 28),
-        disk_bytes=output_bytes + max(checked * 12, 4 * dense if runs_trunk and needs_trunk_copy(inputs) else 0),
+        writes=[
+            *({"what": shard.file, "bytes": shard.nbytes} for shard in layout(specs)),
+            *([{"what": STATISTICS_FILE, "bytes": costs.statistics}] if costs.statistics else []),
+        ],
+        memory_bytes=costs.memory,
+        disk_bytes=output_bytes + costs.statistics + costs.scratch,
         parameters={
             **config.model_dump(mode="json"),
             "target": inputs.target.name,
@@ -171,6 +200,50 @@ def _plan(config: MoeConfig, inputs: Inputs, domains: Sequence[Domain], warnings
         ],
         warnings=list(warnings),
     )
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Bytes: of memory, of scratch files, of the sums beside the MoE."""
+
+    memory: int
+    scratch: int
+    statistics: int
+
+
+def _costs(config: MoeConfig, inputs: Inputs, text: _Text, *, dense_bytes: int) -> _Costs:
+    """Everything is run in float32. The identity check holds a MoE of some layers and three dense ones; prompts run
+    through a dense model; fits to text and the choice of the temperature hold one layer, the embedding and the head,
+    and the sums of a layer, with the states of all tokens in files.
+    """
+    router, experts = config.router, len(inputs.experts)
+    width = int(inputs.trunk.fields["hidden_size"])
+    checked = checked_parameters(inputs)
+    memory, scratch, sums = checked * 10, checked * 12, 0
+    if router.fit in PROMPT_FITS:
+        memory = max(memory, dense_bytes)
+        scratch = max(scratch, dense_bytes if needs_trunk_copy(inputs) else 0)
+    if text:
+        layer = layer_bytes(inputs.target, inputs.trunk, experts=experts, width=inputs.width)
+        memory = max(memory, 2 * layer + 4 * 8 * width**2)
+        domains = len(text.domains) + experts * (text.unlabelled is not None)
+        tokens = router.tokens_per_domain * domains
+        tried = round(tokens * router.holdout / (1 - router.holdout)) * TRIALS
+        scratch = max(scratch, layer + 4 * width * max(2 * tokens, tried))
+    if text.domains and router.fit in TEXT_FITS and router.fit != "nll":
+        said = about(inputs, "sha256:" + "0" * 64)
+        sums = statistics_bytes(layers=inputs.trunk.layers, width=width, experts=inputs.names, about=said)
+    return _Costs(memory + (1 << 28), scratch, sums)
+
+
+def _text_of(domain: Domain, sources: Sequence[DataSource]) -> dict[str, Any]:
+    return {
+        "what": f"text of {domain.name!r}",
+        "path": ", ".join(source.path for source in sources),
+        "bytes": sum(document.n_bytes for document in (*domain.fit, *domain.held_out)),
+        "documents": len(domain.fit),
+        "documents_held_out": len(domain.held_out),
+    }
 
 
 def _read_of(model: Dense, *, ffn: bool) -> dict[str, Any]:
@@ -197,20 +270,20 @@ def _matrix(inputs: Inputs) -> dict[str, str]:
 
 
 def _records(config: MoeConfig, inputs: Inputs, ctx: Context) -> list[InputRecord]:
-    models = [("trunk", inputs.trunk), *zip(inputs.names, inputs.experts, strict=True)]
+    models = list(zip(inputs.names, inputs.experts, strict=True))
+    models = models[len(inputs.old.names) :] if inputs.old else [("trunk", inputs.trunk), *models]
     with ThreadPoolExecutor(ctx.threads or min(os.cpu_count() or 1, 4)) as pool:
         records = list(pool.map(lambda pair: input_record(pair[1].stored, pair[0]), models))
-    return records + [
-        data_record(f"text of {name}", source, ctx.base_dir)
-        for name, sources in config.router.data.items()
-        for source in sources
-    ]
+    if inputs.old is not None:
+        records = [inputs.old.record(), *records]
+    return records + [data_record(what, source, ctx.base_dir) for what, source in _sources(config.router)]
 
 
 def _check_contents(inputs: Inputs, records: Sequence[InputRecord]) -> None:
     """Experts that are one model under two paths are an error."""
     seen: dict[str, str] = {}
-    for name, record in zip(inputs.names, records[1 : 1 + len(inputs.names)], strict=True):
+    names = inputs.names[len(inputs.old.names) if inputs.old else 0 :]
+    for name, record in zip(names, records[1 : 1 + len(names)], strict=True):
         if record.digest in seen:
             raise ConfigError(
                 f"experts: {seen[record.digest]!r} and {name!r} hold the same weights; "
@@ -222,18 +295,20 @@ def _check_contents(inputs: Inputs, records: Sequence[InputRecord]) -> None:
 def _build(
     config: MoeConfig,
     inputs: Inputs,
-    domains: Sequence[Domain],
+    text: _Text,
     warnings: list[str],
     staging: Path,
     ctx: Context,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Write everything but solera.json; the checks and the digest of every tensor."""
     calibration = None
-    if config.router.fit == "ridge":
-        calibration = encode_domains(domains, inputs, config.router)
+    if text:
+        calibration = encode_domains(text.domains, text.unlabelled, inputs, config.router)
         warnings = [*warnings, *calibration.warnings]
     for warning in warnings:
         ctx.progress.note(warning)
+    asked = config.router.temperature
+    drawn = random_routers(config, inputs, seed=ctx.seed)
     # The routers come last: writing finds damaged inputs, and the identity check holds for any router, so both fail
     # before the long work. A fitted router takes the place of the random one.
     digests = write_moe(
@@ -241,7 +316,7 @@ def _build(
         inputs.target,
         inputs.trunk,
         inputs.experts,
-        random_routers(config, inputs, seed=ctx.seed),
+        [rows / (1.0 if asked == "auto" else asked) for rows in drawn],
         top_k=config.top_k,
         width=inputs.width,
         dtype=config.dtype,
@@ -253,19 +328,71 @@ def _build(
     identity = check_identity(
         staging, staging / ".identity", inputs, top_k=config.top_k, dtype=config.dtype, threads=ctx.threads
     )
-    found = [*_equal_experts(inputs, staging, digests), *_distances(identity)]
+    found = [*_equal_experts(inputs, staging, digests), *_distances(identity, inputs)]
     for note in found:
         ctx.progress.note(note)
-    facts: dict[str, Any] = {"fit": config.router.fit}
-    if config.router.fit in PROMPT_FITS:
-        rows, facts = prompt_routers(config, inputs, staging / ".trunk", ctx)
-        digests |= replace_routers(open_checkpoint(staging, Context()), rows)
-    if calibration is not None:
-        routers = fit_routers(config, inputs, calibration, staging / ".trunk", ctx)
-        tuned, facts = tune_routers(staging, routers, config, inputs, calibration, ctx)
-        digests |= tuned
+    weights = trunk_digest(digests, inputs.target, open_checkpoint(staging, Context()))
+    routers, facts = _routers(config, inputs, calibration, staging, ctx, drawn=drawn, weights=weights)
+    digests |= routers
     said = {"target": inputs.target.name, "engines": _matrix(inputs)}
     return checks | said | {"identity": identity.to_json(), "router": facts, "warnings": [*warnings, *found]}, digests
+
+
+def _routers(
+    config: MoeConfig,
+    inputs: Inputs,
+    calibration: Calibration | None,
+    staging: Path,
+    ctx: Context,
+    *,
+    drawn: Sequence[np.ndarray],
+    weights: str,
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Make the routers, choose among them where there is held-out text, and put them into the written MoE.
+
+    Returns:
+        Their digests (none: those that were written stay), and the facts for solera.json.
+    """
+    fit, asked = config.router.fit, config.router.temperature
+    facts: dict[str, Any] = {"fit": fit}
+    candidates: dict[str, Any] = {fit: drawn}
+    scratch = staging / ".router"
+    scratch.mkdir()
+    try:
+        if fit in PROMPT_FITS:
+            rows, facts = prompt_routers(config, inputs, scratch / "trunk", ctx)
+            candidates = {fit: rows}
+        elif fit in TEXT_FITS:
+            assert calibration is not None
+            candidates = fit_routers(config, inputs, calibration, staging, scratch, ctx, weights=weights)
+            facts["tokens_fit"] = _tokens_fit(inputs, calibration)
+            if (staging / STATISTICS_FILE).exists():
+                facts["statistics"] = STATISTICS_FILE
+        if calibration is not None:
+            digests, found = tune_routers(staging, candidates, config, inputs, calibration, scratch, ctx)
+            return digests, facts | found
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    temperature = 1.0 if asked == "auto" else asked
+    facts["temperature"] = temperature
+    if fit not in PROMPT_FITS:
+        return {}, facts
+    rows = [layer / temperature for layer in candidates[fit]]
+    return replace_routers(open_checkpoint(staging, Context()), rows), facts
+
+
+def _tokens_fit(inputs: Inputs, calibration: Calibration) -> dict[str, int]:
+    found = {
+        inputs.names[e]: text.tokens
+        for e, text in zip(calibration.experts, calibration.fit, strict=True)
+        if not inputs.is_old(inputs.names[e])
+    }
+    if inputs.old is not None:
+        old = inputs.old.statistics.counts()
+        found = {name: int(n) for name, n in zip(inputs.old.names, old, strict=True)} | found
+    if calibration.unlabelled is not None:
+        found["unlabelled"] = calibration.unlabelled[0].tokens
+    return found
 
 
 def _equal_experts(inputs: Inputs, staging: Path, digests: Mapping[str, str]) -> list[str]:
@@ -291,11 +418,11 @@ def _block_of(written: Checkpoint, piece: Piece, start: int, stop: int) -> Any:
     return written.read_raw(piece.name, piece.at + start, piece.at + stop)
 
 
-def _distances(identity: Identity) -> list[str]:
+def _distances(identity: Identity, inputs: Inputs) -> list[str]:
     """What the identity check saw of the experts' distance from the trunk."""
     found: list[str] = []
     for name, distance in identity.trunk_distance.items():
-        if identity.ffn_distance[name] == 0:
+        if identity.ffn_distance[name] == 0 and not inputs.is_old(name):
             found.append(
                 f"expert {name!r}: its feed-forward networks equal the trunk's in every layer looked at; "
                 "it adds nothing of its own"

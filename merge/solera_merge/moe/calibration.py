@@ -31,11 +31,13 @@ class Domain:
 class Sequences:
     """Token ids of one domain, cut into sequences; `targets` says which tokens are scored.
 
-    All sequences have the asked length except the last, which may be shorter.
+    All sequences have the asked length except the last, which may be shorter; or every document has its own.
+    `documents`: the first token of every document among all tokens, and the document (`file:line`).
     """
 
     ids: tuple[tuple[int, ...], ...]
     targets: tuple[tuple[bool, ...], ...]
+    documents: tuple[tuple[int, str], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -46,6 +48,18 @@ class Sequences:
     def scored(self) -> int:
         """Tokens that a likelihood counts: targets, less the first of every sequence, which nothing predicts."""
         return sum(sum(sequence[1:]) for sequence in self.targets)
+
+    def documents_of(self, token: int) -> str:
+        """The documents in the sequence of a token, for messages: what is wrong in one spoils its sequence."""
+        end = 0
+        for ids in self.ids:
+            begin, end = end, end + len(ids)
+            if token < end:
+                break
+        edges = [*(first for first, _ in self.documents), self.tokens]
+        spans = zip(edges, edges[1:], self.documents, strict=False)
+        found = [document for first, stop, (_, document) in spans if first < end and stop > begin]
+        return " to ".join(dict.fromkeys((found[0], found[-1]))) if found else "?"
 
 
 def read_domains(
@@ -89,9 +103,17 @@ def read_domains(
 
 
 def tokenize(
-    documents: Sequence[Document], tokenizer: Any, *, limit: int, sequence_tokens: int, where: str
+    documents: Sequence[Document],
+    tokenizer: Any,
+    *,
+    limit: int,
+    sequence_tokens: int,
+    where: str,
+    apart: bool = False,
 ) -> Sequences:
     """Documents end to end, each with its BOS and EOS, up to `limit` tokens, cut into sequences.
+
+    With `apart` no sequence holds tokens of two documents.
 
     Raises:
         DataError: fewer than 2 tokens in all.
@@ -99,9 +121,11 @@ def tokenize(
     """
     ids: list[int] = []
     targets: list[bool] = []
+    begins: list[tuple[int, str]] = []
     for document in documents:
         if len(ids) >= limit:
             break
+        begins.append((len(ids), document.where or document.id))
         encoded = encode(document, tokenizer, add_eos=True)
         if not encoded.ids:
             raise ConfigError(f"{where}: document {document.id} has no tokens; is this the model's tokenizer?")
@@ -110,10 +134,16 @@ def tokenize(
     ids, targets = ids[:limit], targets[:limit]
     if len(ids) < 2:
         raise DataError(f"{where}: {len(ids)} tokens are too few; a next token needs at least 2")
-    starts = range(0, len(ids), sequence_tokens)
+    edges = [first for first, _ in begins] if apart else [0]
+    cuts = [
+        (start, min(start + sequence_tokens, end))
+        for first, end in zip(edges, [*edges[1:], len(ids)], strict=True)
+        for start in range(first, end, sequence_tokens)
+    ]
     return Sequences(
-        tuple(tuple(ids[start : start + sequence_tokens]) for start in starts),
-        tuple(tuple(targets[start : start + sequence_tokens]) for start in starts),
+        tuple(tuple(ids[start:stop]) for start, stop in cuts),
+        tuple(tuple(targets[start:stop]) for start, stop in cuts),
+        tuple(begins),
     )
 
 

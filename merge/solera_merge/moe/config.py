@@ -9,7 +9,8 @@ Read docs/moe.md for what the settings do to the result.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -17,7 +18,53 @@ from solera_core.data import DataSource
 from solera_core.strict import Strict, did_you_mean
 from solera_merge.moe.mergekit import from_mergekit, is_mergekit
 
-__all__ = ["ExpertConfig", "MoeConfig", "RouterConfig", "prompt_problems"]
+__all__ = ["AUTO", "FITS", "ExpertConfig", "Fit", "MoeConfig", "RouterConfig", "prompt_problems"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a way of making the router needs, and what it does with what it is given.
+
+    Attributes:
+        data: needs text of every expert's domain (else such text may be given, and everything is measured on it).
+        unlabelled: what it does with `unlabelled` text.
+        prompts: what it does with the experts' prompts.
+        tuned: `temperature: auto` searches where there is held-out text (else the router stands as it is made).
+        extends: made of sums alone, so an expert can be added without the text of the others.
+    """
+
+    data: bool = False
+    unlabelled: Literal["needed", "used", "refused"] = "refused"
+    prompts: Literal["needed", "ignored", "refused"] = "refused"
+    tuned: bool = False
+    extends: bool = False
+
+
+_SUMS: Final = Fit(data=True, tuned=True, extends=True)
+_PROMPTED: Final = Fit(prompts="needed")
+_COMPARED: Final = Fit(prompts="ignored")
+
+FITS: Final[dict[str, Fit]] = {
+    "ridge": _SUMS,
+    "lda": _SUMS,
+    "centroid": _SUMS,
+    "logistic": Fit(data=True, tuned=True),
+    "nll": Fit(unlabelled="needed", tuned=True),
+    "auto": Fit(data=True, unlabelled="used", tuned=True, extends=True),
+    "prompts": Fit(prompts="needed", tuned=True),
+    "random": Fit(),
+    "uniform": Fit(),
+    "none": Fit(),
+    "mergekit_hidden": _PROMPTED,
+    "mergekit_hidden_avg": _PROMPTED,
+    "mergekit_cheap_embed": _PROMPTED,
+    "mergekit_random": _COMPARED,
+    "mergekit_uniform_random": _COMPARED,
+}
+"""Every `router.fit`."""
+
+AUTO: Final = ("ridge", "lda", "centroid", "logistic", "nll")
+"""What `auto` compares, the simpler first; `nll` where there is unlabelled text, `logistic` where all text is there."""
 
 
 def _as_list(value: Any) -> Any:
@@ -51,23 +98,36 @@ class RouterConfig(Strict):
     """How the router, one E x D matrix a layer, is made.
 
     Attributes:
-        fit: `ridge` solves for it in closed form from text of every expert's domain; `random` draws it as Mixtral
-            initialises its own, for people who will train it. `prompts`: from the experts' `prompts`. `mergekit_...`:
-            as mergekit-moe's gate modes make it, for comparison.
-        data: expert name -> text of its domain. Needed by `ridge`; refused by `random`, which would not use it.
+        fit: `ridge`, `lda`, `centroid` solve for it in closed form from text of every expert's domain, `logistic` by
+            L-BFGS. `nll`: from text of unknown domains, labelled by the specialists' own losses. `auto`: the one of
+            these with the smallest loss on held-out text. `prompts`: from the experts' `prompts`. `random`, `uniform`:
+            drawn as Mixtral or as a linear layer initialises its own, `none`: zeros; for people who will train it.
+            `mergekit_...`: as mergekit-moe's gate modes make it, for comparison.
+        data: expert name -> text of its domain. With a fit that does not learn from it the temperature is chosen, and
+            everything is measured, on it.
+        unlabelled: text of any domain, for `nll` and `auto`.
         tokens_per_domain: tokens of every domain that go into the fit, besides those held out.
         holdout: share of the calibration documents that the fit never sees; the temperature is chosen on them, and
             the facts in `solera.json` are measured on them.
-        ridge: penalty, relative to the mean diagonal of X'X.
+        ridge: penalty of `ridge`, `logistic` and `nll`, relative to the mean diagonal of X'X.
+        shrinkage: of the covariance in `lda`, towards a multiple of the identity; at 1 it is `centroid`.
         temperature: the router's logits are divided by it. `auto` chooses it by the negative log-likelihood of the
-            held-out text under the whole MoE. A random router stands as drawn under `auto`.
+            held-out text under the whole MoE, where there is some. Routers that are drawn, and mergekit's, stand as
+            they are made under `auto`.
         sequence_tokens: calibration text is cut into sequences of this length (at most the trunk's positions).
     """
 
     fit: Literal[
         "ridge",
-        "random",
+        "lda",
+        "centroid",
+        "logistic",
+        "nll",
+        "auto",
         "prompts",
+        "random",
+        "uniform",
+        "none",
         "mergekit_hidden",
         "mergekit_hidden_avg",
         "mergekit_cheap_embed",
@@ -75,9 +135,11 @@ class RouterConfig(Strict):
         "mergekit_uniform_random",
     ] = "ridge"
     data: dict[str, Sources] = Field(default_factory=dict[str, tuple[DataSource, ...]])
+    unlabelled: Annotated[tuple[DataSource, ...], BeforeValidator(_as_list)] = ()
     tokens_per_domain: int = Field(default=20_000, ge=1)
     holdout: float = Field(default=0.2, gt=0, lt=1)
     ridge: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    shrinkage: float = Field(default=0.1, gt=0, le=1)
     temperature: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "auto"
     sequence_tokens: int = Field(default=256, ge=2)
 
@@ -90,15 +152,18 @@ class MoeConfig(Strict):
         engines: that shall run it.
         base_model: that the experts were tuned from.
         trunk: where attention, norms, embeddings and head come from.
-        experts: two or more specialists.
+        extend: a MoE built by solera, in the place of `base_model`: its trunk and its experts stay, `experts` come
+            behind them, and its router is fitted anew from the sums saved beside it; only the new experts need text.
+        experts: two or more specialists; with `extend` one or more.
         top_k: experts that work on a token.
         dtype: of everything written; null keeps the trunk's own, tensor by tensor.
         router: how tokens find their experts.
     """
 
-    base_model: str = Field(min_length=1)
+    base_model: str | None = Field(default=None, min_length=1)
     trunk: Literal["base"] = "base"
-    experts: tuple[ExpertConfig, ...] = Field(min_length=2)
+    extend: str | None = Field(default=None, min_length=1)
+    experts: tuple[ExpertConfig, ...] = Field(min_length=1)
     top_k: int = Field(default=2, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     target: Literal[
@@ -131,24 +196,63 @@ class MoeConfig(Strict):
             for ref in dict.fromkeys(refs)
             if refs.count(ref) > 1
         ]
-        if self.top_k > len(names):
-            problems.append(f"top_k: {self.top_k} experts a token asked, but there are only {len(names)}")
-        problems += [
-            f"router.data.{name}: no such expert{did_you_mean(name, names)}"
-            for name in self.router.data
-            if name not in names
-        ]
-        if self.router.fit == "ridge" and (missing := [name for name in names if name not in self.router.data]):
-            problems.append(
-                f"router.data: no text for {', '.join(missing)}; fit: ridge needs some of every expert's domain "
-                "(or use fit: random and train the router)"
-            )
-        if self.router.fit != "ridge" and self.router.data:
-            problems.append(f"router.data: fit: {self.router.fit} does not use it; remove it or use fit: ridge")
+        if self.extend is None:
+            if self.base_model is None:
+                problems.append("base_model: is missing")
+            if len(names) < 2:
+                problems.append("experts: at least 2 are needed")
+            if self.top_k > len(names):
+                problems.append(f"top_k: {self.top_k} experts a token asked, but there are only {len(names)}")
+            problems += data_problems(self.router, names)
+        else:
+            if self.base_model is not None:
+                problems.append("base_model: extend keeps the trunk of the MoE that it extends; remove one of the two")
+            problems += extend_problems(self.router, names)
         problems += prompt_problems(self.experts, self.router.fit)
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def data_problems(router: RouterConfig, names: list[str]) -> list[str]:
+    """What is wrong with the text for a router made in this way, of a MoE of these experts."""
+    needs = FITS[router.fit]
+    problems = [
+        f"router.data.{name}: no such expert{did_you_mean(name, names)}" for name in router.data if name not in names
+    ]
+    if missing := [name for name in names if name not in router.data]:
+        if needs.data:
+            problems.append(
+                f"router.data: no text for {', '.join(missing)}; fit: {router.fit} needs some of every expert's "
+                "domain (or use fit: random and train the router)"
+            )
+        elif router.data:
+            problems.append(
+                f"router.data: no text for {', '.join(missing)}; what is measured on one domain must be measured on all"
+            )
+    return problems + _unlabelled_problems(router)
+
+
+def extend_problems(router: RouterConfig, new: list[str]) -> list[str]:
+    """What is wrong with the settings of a router that is extended by these experts."""
+    if not FITS[router.fit].extends:
+        able = ", ".join(name for name, fit in FITS.items() if fit.extends)
+        return [f"router.fit: {router.fit} cannot add an expert to sums that were saved; use one of {able}"]
+    problems = _unlabelled_problems(router)
+    if router.unlabelled:
+        problems.append("router.unlabelled: extend has no specialists that could label it; remove it")
+    if missing := [name for name in new if name not in router.data]:
+        problems.append(f"router.data: no text for {', '.join(missing)}; every new expert needs some of its domain")
+    return problems
+
+
+def _unlabelled_problems(router: RouterConfig) -> list[str]:
+    does = FITS[router.fit].unlabelled
+    if does == "needed" and not router.unlabelled:
+        return [f"router.unlabelled: no text; fit: {router.fit} needs some, of all domains together"]
+    if does == "refused" and router.unlabelled:
+        return [f"router.unlabelled: fit: {router.fit} does not use it; remove it or use fit: nll or auto"]
+    return []
 
 
 def prompt_problems(experts: tuple[ExpertConfig, ...], fit: str) -> list[str]:
@@ -159,11 +263,12 @@ def prompt_problems(experts: tuple[ExpertConfig, ...], fit: str) -> list[str]:
         if any(not prompt.strip() for prompt in (*expert.prompts, *expert.negative_prompts))
     ]
     given = {expert.name: (expert.prompts, expert.negative_prompts) for expert in experts}
-    if fit in ("prompts", "mergekit_hidden", "mergekit_hidden_avg", "mergekit_cheap_embed"):
+    does = FITS[fit].prompts
+    if does == "needed":
         if missing := [name for name, (prompts, _) in given.items() if not prompts]:
             problems.append(f"experts: {', '.join(missing)}: no prompts, and router.fit: {fit} is made of them")
         elif len(set(given.values())) == 1:
             problems.append("experts: all have the same prompts, so no router can tell them apart")
-    elif not fit.startswith("mergekit_") and any(prompts or negative for prompts, negative in given.values()):
+    elif does == "refused" and any(prompts or negative for prompts, negative in given.values()):
         problems.append(f"experts: prompts: router.fit: {fit} does not use them; remove them or use fit: prompts")
     return problems

@@ -7,9 +7,11 @@ from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
 from solera_core.errors import CheckpointError, ConfigError
 from solera_core.hub import split_adapter
+from solera_core.strict import did_you_mean
 from solera_merge.moe.altered import altered
 from solera_merge.moe.config import ExpertConfig, MoeConfig
 from solera_merge.moe.dense import Dense, read_dense
+from solera_merge.moe.extend import Old, open_old
 from solera_merge.moe.families import PLAIN
 from solera_merge.moe.targets.choice import choose
 from solera_merge.moe.targets.target import Sizes, Target, Verdict
@@ -47,6 +49,7 @@ class Inputs:
         target: the format that the MoE is written in.
         verdicts: what every engine makes of it there.
         warnings: what a careful person would want to know.
+        old: the MoE that is extended, which gives the trunk and the first experts; None: all are specialists.
     """
 
     trunk: Dense
@@ -56,6 +59,11 @@ class Inputs:
     target: Target
     verdicts: tuple[Verdict, ...]
     warnings: tuple[str, ...]
+    old: Old | None = None
+
+    def is_old(self, name: str) -> bool:
+        """Whether an expert comes from the MoE that is extended."""
+        return self.old is not None and name in self.old.names
 
 
 def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
@@ -65,25 +73,61 @@ def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
         CheckpointError: naming the model and the first field, tensor or token that does not fit.
         ConfigError: two experts lead to the same files.
     """
-    trunk = read_dense("trunk", open_checkpoint(config.base_model, ctx))
-    experts = [read_dense(f"expert {e.name!r}", _open_expert(e, ctx)) for e in config.experts]
-    names = tuple(e.name for e in config.experts)
+    old = None if config.extend is None else open_old(config.extend, ctx)
+    if old is None:
+        assert config.base_model is not None  # the config says so
+        trunk = read_dense("trunk", open_checkpoint(config.base_model, ctx))
+    else:
+        trunk = old.trunk
+        _check_extension(old, config)
+    added = [read_dense(f"expert {e.name!r}", _open_expert(e, ctx)) for e in config.experts]
     check_tokenizer(trunk.checkpoint)
-    warnings = _check_distinct(config, trunk, experts, ctx)
-    for name, expert in zip(names, experts, strict=True):
-        _check_fits(trunk, expert)
-        warnings += compare_tokenizers(trunk.checkpoint, expert.checkpoint, name)
+    warnings = _check_distinct(config, trunk, added, ctx)
+    for expert, model in zip(config.experts, added, strict=True):
+        _check_fits(trunk, model)
+        warnings += compare_tokenizers(trunk.checkpoint, model.checkpoint, expert.name)
         warnings += [
-            f"expert {name!r}: its {field} is {expert.fields[field]!r}, the trunk's {trunk.fields[field]!r} is used"
+            f"expert {expert.name!r}: its {field} is {model.fields[field]!r}, the trunk's {trunk.fields[field]!r} is "
+            "used"
             for field in _TRUNKS
-            if expert.fields[field] != trunk.fields[field]
+            if model.fields[field] != trunk.fields[field]
         ]
+    experts = (*(old.experts if old else ()), *added)
+    names = (*(old.names if old else ()), *(e.name for e in config.experts))
     width = max(expert.width for expert in experts)
     sizes = Sizes(len(experts), config.top_k, width)
     where = f"trunk: {trunk.config_file}"
-    target, doubts = choose(config.target, config.engines, trunk.fields, sizes, where=where)
+    asked = config.target if old is None else old.target.name
+    target, doubts = choose(asked, config.engines, trunk.fields, sizes, where=where)
     verdicts = target.verdicts(trunk.fields, sizes)
-    return Inputs(trunk, tuple(experts), names, width, target, tuple(verdicts), (*warnings, *doubts))
+    return Inputs(trunk, experts, names, width, target, tuple(verdicts), (*warnings, *doubts), old)
+
+
+def _check_extension(old: Old, config: MoeConfig) -> None:
+    names = (*old.names, *(expert.name for expert in config.experts))
+    where = f"extend: {old.built.path}"
+    if taken := [expert.name for expert in config.experts if expert.name in old.names]:
+        raise ConfigError(f"experts: {', '.join(taken)}: {where} has an expert of that name")
+    if config.target not in ("auto", old.target.name):
+        raise ConfigError(f"target: {config.target} asked, but {where} is a {old.target.name}")
+    if config.top_k > len(names):
+        raise ConfigError(f"top_k: {config.top_k} experts a token asked, but there are only {len(names)}")
+    for name in config.router.data:
+        if name not in names:
+            raise ConfigError(f"router.data.{name}: no such expert{did_you_mean(name, names)}")
+    if all(name in config.router.data for name in names):
+        return
+    if config.router.fit == "auto":
+        raise ConfigError(
+            f"router.fit: auto compares on held-out text of every domain, and there is none for "
+            f"{', '.join(name for name in names if name not in config.router.data)}; give it, or name a fit "
+            f"(the MoE's own was {old.fit})"
+        )
+    if config.router.temperature == "auto" and config.router.fit != old.fit and config.top_k > 1:
+        raise ConfigError(
+            f"router.temperature: that of {where} was chosen for fit: {old.fit} and says nothing on fit: "
+            f"{config.router.fit}; keep {old.fit}, give a number, or give text of every domain to choose it on"
+        )
 
 
 def _open_expert(expert: ExpertConfig, ctx: Context) -> Checkpoint:
@@ -112,7 +156,7 @@ def _check_distinct(config: MoeConfig, trunk: Dense, experts: list[Dense], ctx: 
                 "two equal experts only waste memory"
             )
         seen[where] = expert.name
-    same = seen.get(place(config.base_model, trunk))
+    same = seen.get(place(config.base_model, trunk)) if config.base_model is not None else None
     return [f"expert {same!r} is the trunk itself: its feed-forward networks are the untuned ones"] if same else []
 
 

@@ -49,7 +49,7 @@ _RIDGE: Final = 0.1
 def prompt_routers(
     config: MoeConfig, inputs: Inputs, scratch: Path, ctx: Context
 ) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """One (E, D) matrix a layer, and the facts for solera.json.
+    """One (E, D) matrix a layer, at temperature 1, and the facts for solera.json.
 
     Args:
         config: with `router.fit` one of `PROMPT_FITS`.
@@ -62,7 +62,6 @@ def prompt_routers(
         CheckpointError: no tokenizer, or states that are NaN or infinite.
     """
     fit = config.router.fit
-    asked = config.router.temperature
     facts: dict[str, Any] = {"fit": fit, "prompts": {expert.name: len(expert.prompts) for expert in config.experts}}
     if fit == "prompts":
         rows, accuracy, tokens = _at_the_site(config, inputs, load_trunk(inputs, scratch, ctx))
@@ -72,8 +71,7 @@ def prompt_routers(
     else:
         model = load_trunk(inputs, scratch, ctx, dtype="bfloat16")
         rows = _hidden(config, inputs, model, average=fit == "mergekit_hidden_avg")
-    temperature = 1.0 if asked == "auto" else asked
-    return [layer / temperature for layer in rows], facts | {"temperature": temperature}
+    return rows, facts
 
 
 def prompt_rows(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray]) -> tuple[np.ndarray, list[float]]:

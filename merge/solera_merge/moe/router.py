@@ -5,13 +5,13 @@ E experts, D model width, N calibration tokens, X (N, D) router inputs, Y (N, E)
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 __all__ = ["REFINEMENTS", "SCALES", "random_router", "ridge_router", "search_scale", "uniform_router"]
 
-SCALES = (0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
+SCALES = (0.0625, 0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
 """The coarse grid of `search_scale`. A ridge fit predicts 0/1 labels, so its logits differ by about 1 and the mix of
 the top k stays soft; confident routing needs several times that, and a mismatched trunk may prefer less."""
 
@@ -76,13 +76,19 @@ def _generator(name: str, seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key))
 
 
-def search_scale(loss: Callable[[float], float], *, refinements: int = REFINEMENTS) -> tuple[float, dict[float, float]]:
-    """The scale (1 / temperature) of the router's logits with the smallest `loss`, and every scale tried with its loss.
+def search_scale(
+    losses: Callable[[Sequence[float]], Sequence[float]], *, refinements: int = REFINEMENTS
+) -> tuple[float, dict[float, float]]:
+    """The scale (1 / temperature) of the router's logits with the smallest loss, and every scale tried with its loss.
 
     The coarse grid `SCALES` first, then golden-section steps on log(scale) between the neighbours of its best point.
     Deterministic; ties go to the smaller scale. The loss need not be unimodal: the best of all tried is returned.
+
+    Args:
+        losses: of several scales at once; called once for the grid and at most once a refinement.
+        refinements: golden-section steps.
     """
-    tried = {scale: loss(scale) for scale in SCALES}
+    tried = dict(zip(SCALES, losses(SCALES), strict=True))
 
     def best() -> float:
         return min(tried, key=lambda scale: (tried[scale], scale))
@@ -94,9 +100,8 @@ def search_scale(loss: Callable[[float], float], *, refinements: int = REFINEMEN
         # Three significant digits: a readable number, and the inner point of the last step is found again in `tried`.
         left = float(f"{math.exp(high - golden * (high - low)):.3g}")
         right = float(f"{math.exp(low + golden * (high - low)):.3g}")
-        for scale in (left, right):
-            if scale not in tried:
-                tried[scale] = loss(scale)
+        if new := [scale for scale in dict.fromkeys((left, right)) if scale not in tried]:
+            tried |= zip(new, losses(new), strict=True)
         if tried[left] <= tried[right]:
             high = math.log(right)
         else:
