@@ -32,7 +32,7 @@ from bench.moe_text import DOMAINS, prompts, write_text
 
 SCALES = (0.2, 0.3, 0.4, 0.6, 1.0)
 MERGEKIT_MODES = ("hidden", "cheap_embed", "random")
-FITS = ("ridge", "prompts")
+FITS = ("ridge", "logistic", "lda", "centroid", "nll", "prompts")
 DEV_DOCUMENTS = 60
 
 
@@ -209,7 +209,7 @@ def mergekit_moe(work: Work, experts: Mapping[str, Path], trunk: Path, mode: str
         config = json.loads((scratch / "config.json").read_text())
         (scratch / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 1}))
     else:
-        settings = {
+        settings: dict[str, Any] = {
             "base_model": str(trunk),
             "gate_mode": mode,
             "dtype": "float32",
@@ -232,11 +232,11 @@ def mergekit_moe(work: Work, experts: Mapping[str, Path], trunk: Path, mode: str
 
 def mixture(work: Work, experts: Mapping[str, Path], trunk: Path, name: str, fit: str, top_k: int) -> Path:
     rows: list[dict[str, Any]] = [{"name": domain, "model": str(path)} for domain, path in experts.items()]
-    router: dict[str, Any] = {"fit": fit}
+    router: dict[str, Any] = {"fit": fit, "data": work.data("calibration"), "tokens_per_domain": 28_000}
     if fit == "prompts":
         rows = [{**row, "prompts": prompts(work.text, row["name"])} for row in rows]
-    else:
-        router |= {"data": work.data("calibration"), "tokens_per_domain": 28_000}
+    if fit == "nll":
+        router["unlabelled"] = [work.file(domain, "calibration") for domain in DOMAINS]
     return work.make(name, "moe", {"base_model": str(trunk), "experts": rows, "top_k": top_k, "router": router})
 
 
@@ -330,11 +330,12 @@ def large_base(root: Path, text: Path, threads: int) -> Path:
 
     files = [str(text / f"{domain}-train.jsonl") for domain in (*DOMAINS, "wiki")]
     if not (root / "seedling").exists():
-        settings = {"architecture": "llama", "config": LARGE, "tokenizer": {"vocab_size": 2048, "data": files}}
-        init(parse(InitConfig, settings, where="init"), root / "seedling", Context(seed=0))
+        seedling = {"architecture": "llama", "config": LARGE, "tokenizer": {"vocab_size": 2048, "data": files}}
+        init(parse(InitConfig, seedling, where="init"), root / "seedling", Context(seed=0))
     if not (root / "base").exists():
         limits = (600, 1000, 300)
-        data = [{"path": file, "limit": n} for file, n in zip(files, limits, strict=False)] + [{"path": files[3]}]
+        data: list[dict[str, Any]] = [{"path": file, "limit": n} for file, n in zip(files, limits, strict=False)]
+        data.append({"path": files[3]})
         settings = {
             "model": str(root / "seedling"),
             "data": data,
