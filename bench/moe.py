@@ -62,9 +62,9 @@ SIZES = {
     "small": Size(
         500_000,
         2e-3,
-        {"tokens": 150_000, "lr": 1e-2},
-        {"tokens": 1_000_000, "lr": 2e-3},
-        {"tokens": 1_000_000, "lr": 2e-3},
+        {"tokens": 100_000, "lr": 1e-2},
+        {"tokens": 600_000, "lr": 2e-3},
+        {"tokens": 600_000, "lr": 3e-3},
     ),
     "large": Size(
         200_000, 1e-3, {"tokens": 60_000, "lr": 3e-3}, {"tokens": 300_000, "lr": 1e-3}, {"tokens": 300_000, "lr": 1e-3}
@@ -288,7 +288,7 @@ def columns(work: Work) -> None:
         row("mergekit-moe hidden, k=2, base_model: the best merge", work.nll(name, built))
     row("model-level router", work.nll("route", model_router(work, experts)))
     for fit in FITS:
-        for k in (1, 2):
+        for k in (1, 2) if fit in ("ridge", "logistic") else (2,):
             name = f"{fit}-k{k}"
             built = mixture(work, experts, work.base, name, fit, k)
             if not any(known.startswith("oracle") for known in rows):

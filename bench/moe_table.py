@@ -32,6 +32,7 @@ def report(root: Path, tuned: Sequence[str]) -> None:
         }
         if found:
             _one(way, found)
+            _separability([file.parent for file in files])
 
 
 def _one(way: str, found: Mapping[str, Rows]) -> None:
@@ -40,13 +41,8 @@ def _one(way: str, found: Mapping[str, Rows]) -> None:
     print(f"\nSpecialists that trained {title}; seeds {', '.join(seeds)}. Nats a token on test text.\n")
     names = list(dict.fromkeys(name for rows in found.values() for name in rows))
     domains = list(next(iter(next(iter(found.values())).values())))
-    print(
-        "| model | "
-        + " | ".join(domains)
-        + " | mean | above the specialists |\n|---" * 1
-        + "|---" * (len(domains) + 2)
-        + "|"
-    )
+    print("| model | " + " | ".join(domains) + " | mean | above the specialists |")
+    print("|---" * (len(domains) + 3) + "|")
     floor = _of(found, lambda rows: _mean(rows["specialists"]))
     for name in names:
         have = {seed: rows for seed, rows in found.items() if name in rows}
@@ -80,6 +76,19 @@ def _verdicts(found: Mapping[str, Rows], names: Sequence[str]) -> None:
         gain = _of(found, lambda rows, name=name: _mean(rows["control"]) - _mean(rows[name]))
         verdict = "held" if statistics.mean(gain.values()) > 0 else "missed"
         print(f"- {name} better than the dense control: {verdict}, by {_cell(list(gain.values()), 3)} nats")
+
+
+def _separability(folders: Sequence[Path]) -> None:
+    """How well single tokens tell their domain: share of held-out tokens that a router's first choice sends right."""
+    for name in ("ridge-k2", "logistic-k2", "prompts-k2"):
+        files = [file for folder in folders if (file := folder / name / "solera.json").exists()]
+        routers = [json.loads(file.read_text())["checks"]["router"] for file in files]
+        shares = [zip(*router["route_accuracy"].values(), strict=True) for router in routers]
+        by_layer = [[statistics.mean(layer) for layer in share] for share in shares]
+        if by_layer:
+            layers = [_cell([100 * seed[layer] for seed in by_layer], 0) for layer in range(len(by_layer[0]))]
+            chance = 100 / len(routers[0]["route_accuracy"])
+            print(f"- {name}: tokens sent right, % by layer: {', '.join(layers)} (chance: {chance:.0f})")
 
 
 def _of(found: Mapping[str, Rows], value: Callable[[Rows], float]) -> dict[str, float]:

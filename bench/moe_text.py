@@ -19,7 +19,7 @@ __all__ = ["DOMAINS", "PARTS", "prompts", "write_text"]
 DOMAINS = ("code", "math", "plays")
 PARTS = ("train", "calibration", "test")
 _CALIBRATION_CHARS = 130_000
-_TEST_CHARS = 45_000
+_TEST_CHARS = 30_000
 _PROMPT_CHARS = 200
 
 
