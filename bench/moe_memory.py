@@ -1,6 +1,6 @@
 """Memory of fitting a router against the number of experts, beside that of one dense model.
 
-    python bench/moe_memory.py [--experts 2 4 8] [--fit ridge] [--layers 12] [--hidden 512]
+    python bench/moe_memory.py [--experts 2 4 8] [--fit ridge] [--layers 24] [--hidden 384]
 
 Makes a Llama-shaped base and specialists of random weights and text of as many domains, builds the MoE in a process of
 its own, and reads from the system (VmHWM) how far the memory of that process rose while the router was fitted and its
@@ -28,8 +28,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8])
     options.add_argument("--fit", default="ridge")
-    options.add_argument("--layers", type=int, default=8)
-    options.add_argument("--hidden", type=int, default=640)
+    options.add_argument("--layers", type=int, default=24)
+    options.add_argument("--hidden", type=int, default=384)
     options.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.child is not None:
