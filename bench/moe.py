@@ -230,14 +230,18 @@ def mergekit_moe(work: Work, experts: Mapping[str, Path], trunk: Path, mode: str
     return out
 
 
-def mixture(work: Work, experts: Mapping[str, Path], trunk: Path, name: str, fit: str, top_k: int) -> Path:
+def mixture(
+    work: Work, experts: Mapping[str, Path], name: str, *, fit: str, top_k: int = 2, trunk: str = "base"
+) -> Path:
+    """Our build; routers are fitted and judged on calibration text."""
     rows: list[dict[str, Any]] = [{"name": domain, "model": str(path)} for domain, path in experts.items()]
     router: dict[str, Any] = {"fit": fit, "data": work.data("calibration"), "tokens_per_domain": 28_000}
     if fit == "prompts":
         rows = [{**row, "prompts": prompts(work.text, row["name"])} for row in rows]
     if fit == "nll":
         router["unlabelled"] = [work.file(domain, "calibration") for domain in DOMAINS]
-    return work.make(name, "moe", {"base_model": str(trunk), "experts": rows, "top_k": top_k, "router": router})
+    settings = {"base_model": str(work.base), "trunk": trunk, "experts": rows, "top_k": top_k, "router": router}
+    return work.make(name, "moe", settings)
 
 
 def taught(work: Work, experts: Mapping[str, Path], student: Path, name: str, settings: Mapping[str, Any]) -> Path:
@@ -270,41 +274,39 @@ def columns(work: Work) -> None:
     alone = {domain: work.nll(domain, path) for domain, path in experts.items()}
     row("specialists", {domain: alone[domain][domain] for domain in DOMAINS})
     blends = merges(work, experts)
-    best = min(
-        (name for name in blends if name.startswith("task")),
-        key=lambda name: mean(work.nll(name.replace(" ", "-"), blends[name], "calibration")),
-    )
+    dev = {name: mean(work.nll(name.replace(" ", "-"), path, "calibration")) for name, path in blends.items()}
+    scale = min((name for name in blends if name.startswith("task")), key=lambda name: dev[name])
+    best = blends[min(blends, key=lambda name: dev[name])]
     row("average merge", work.nll("average", blends["average"]))
-    row("task arithmetic, best scale", work.nll(best.replace(" ", "-"), blends[best]))
-    row("TIES", work.nll("ties", blends["TIES"]))
-    trunk = blends[best]
+    row("task arithmetic, best scale", work.nll(scale.replace(" ", "-"), blends[scale]))
+    row("TIES", work.nll("TIES", blends["TIES"]))
     for mode in MERGEKIT_MODES:
         for k in (1, 2):
             name = f"mergekit-{mode}-k{k}"
             row(f"mergekit-moe {mode}, k={k}", work.nll(name, mergekit_moe(work, experts, work.base, mode, k, name)))
     if work.tuned == "full":
-        name = "mergekit-hidden-k2-arithmetic"
-        built = mergekit_moe(work, experts, trunk, "hidden", 2, name)
+        name = "mergekit-hidden-k2-merged"
+        built = mergekit_moe(work, experts, best, "hidden", 2, name)
         row("mergekit-moe hidden, k=2, base_model: the best merge", work.nll(name, built))
     row("model-level router", work.nll("route", model_router(work, experts)))
     for fit in FITS:
         for k in (1, 2) if fit in ("ridge", "logistic") else (2,):
             name = f"{fit}-k{k}"
-            built = mixture(work, experts, work.base, name, fit, k)
+            built = mixture(work, experts, name, fit=fit, top_k=k)
             if not any(known.startswith("oracle") for known in rows):
                 row("oracle-routed, base trunk", work.oracle("base-trunk", built))
             row(f"fit {fit}, k={k}", work.nll(name, built))
     if work.tuned == "full":
-        start = mixture(work, experts, trunk, "ridge-k2-arithmetic", "ridge", 2)
-        row("oracle-routed, trunk: the best merge", work.oracle("arithmetic-trunk", start))
-        row("fit ridge, k=2, trunk: the best merge", work.nll("ridge-k2-arithmetic", start))
-    else:
+        start = mixture(work, experts, "ridge-k2-auto", fit="ridge", trunk="auto")
+        row("oracle-routed, trunk: auto", work.oracle("auto-trunk", start))
+        row("fit ridge, k=2, trunk: auto", work.nll("ridge-k2-auto", start))
+    else:  # only feed-forward networks differ, so every trunk is the base's
         start = work.root / "ridge-k2"
     settings = {"model": str(start), "data": work.data("train"), "parts": ["router"], "tokens_per_step": 2048}
     trained = work.make("trained", "tune", {**settings, **work.size.train})
     row("trained router, from ridge, k=2", work.nll("trained", trained))
     row("healed", work.nll("healed", taught(work, experts, start, "healed", work.size.heal)))
-    row("control", work.nll("control", taught(work, experts, trunk, "control", work.size.control)))
+    row("control", work.nll("control", taught(work, experts, best, "control", work.size.control)))
 
 
 def model_router(work: Work, experts: Mapping[str, Path]) -> Path:
