@@ -58,7 +58,7 @@ def _one(way: str, found: Mapping[str, Rows]) -> None:
 def _verdicts(found: Mapping[str, Rows], names: Sequence[str]) -> None:
     theirs = [name for name in names if name.startswith(MERGEKIT)]
     ours = [name for name in names if name.startswith(OURS)]
-    pairs = [(a, b, _of(found, lambda rows, a=a, b=b: _mean(rows[a]) - _mean(rows[b]))) for a in ours for b in theirs]
+    pairs = [(a, b, _of(found, _difference(a, b))) for a in ours for b in theirs]
     lost = [
         f"{a} against {b} ({_cell(list(d.values()), 3)})" for a, b, d in pairs if d and statistics.mean(d.values()) >= 0
     ]
@@ -69,12 +69,12 @@ def _verdicts(found: Mapping[str, Rows], names: Sequence[str]) -> None:
         print(f"    - not: {line}")
     healed = [name for name in names if name.startswith("healed")]
     for name in healed:
-        share = _of(found, lambda rows, name=name: _mean(rows[name]) / _mean(rows["specialists"]))
-        ok = statistics.mean(share.values()) <= WITHIN
-        above = _cell([100 * (value - 1) for value in share.values()], 1, " %")
-        print(f"- {name} within 5 % of the specialists: {'held' if ok else 'missed'}, {above} above them")
-        gain = _of(found, lambda rows, name=name: _mean(rows["control"]) - _mean(rows[name]))
-        verdict = "held" if statistics.mean(gain.values()) > 0 else "missed"
+        share = _of(found, _ratio(name, "specialists"))
+        above = [100 * (value - 1) for value in share.values()]
+        verdict = _verdict([WITHIN - value for value in share.values()])
+        print(f"- {name} within 5 % of the specialists: {verdict}, {_cell(above, 1, ' %')} above them")
+        gain = _of(found, _difference("control", name))
+        verdict = _verdict(list(gain.values()))
         print(f"- {name} better than the dense control: {verdict}, by {_cell(list(gain.values()), 3)} nats")
 
 
@@ -102,6 +102,31 @@ def _of(found: Mapping[str, Rows], value: Callable[[Rows], float]) -> dict[str, 
     return result
 
 
+def _verdict(margins: Sequence[float]) -> str:
+    """Of an aim that is reached where a margin, one a seed, is above 0."""
+    if not margins:
+        return "not measured"
+    if statistics.mean(margins) <= 0:
+        return "missed"
+    if len(margins) == 1:
+        return "held in the one seed"
+    held = statistics.mean(margins) > _half(margins)
+    return "held" if held else "held on the mean, not beyond the seeds' spread"
+
+
+def _half(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of the mean of two or more."""
+    return student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _difference(a: str, b: str) -> Callable[[Rows], float]:
+    return lambda rows: _mean(rows[a]) - _mean(rows[b])
+
+
+def _ratio(a: str, b: str) -> Callable[[Rows], float]:
+    return lambda rows: _mean(rows[a]) / _mean(rows[b])
+
+
 def _mean(by_domain: Mapping[str, float]) -> float:
     return statistics.mean(by_domain.values())
 
@@ -113,5 +138,4 @@ def _cell(values: Sequence[float], digits: int, unit: str = "") -> str:
     centre = f"{statistics.mean(values):.{digits}f}"
     if len(values) == 1:
         return centre + unit
-    half = student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{centre} ± {half:.{digits}f}{unit}"
+    return f"{centre} ± {_half(values):.{digits}f}{unit}"
