@@ -205,9 +205,12 @@ def _functions(kind: str, config: Strict) -> tuple[_Plan, _Run]:
 
             return plan_merge, merge
         case "moe":
+            from solera.healing import build_trained, is_trained, plan_trained
             from solera_merge.moe.build import build_moe, plan_moe
+            from solera_merge.moe.config import MoeConfig
 
-            return plan_moe, build_moe
+            assert isinstance(config, MoeConfig)
+            return (plan_trained, build_trained) if is_trained(config) else (plan_moe, build_moe)
         case "route":
             from solera_merge.route.build import build_route, plan_route
 
