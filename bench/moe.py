@@ -34,6 +34,7 @@ SCALES = (0.2, 0.3, 0.4, 0.6, 1.0)
 MERGEKIT_MODES = ("hidden", "cheap_embed", "random")
 FITS = ("ridge", "logistic", "lda", "centroid", "nll", "prompts")
 DEV_DOCUMENTS = 60
+HELD_OUT_DOCUMENTS = 20
 
 
 @dataclass(frozen=True)
@@ -302,7 +303,16 @@ def columns(work: Work) -> None:
         row("fit ridge, k=2, trunk: auto", work.nll("ridge-k2-auto", start))
     else:  # only feed-forward networks differ, so every trunk is the base's
         start = work.root / "ridge-k2"
-    settings = {"model": str(start), "data": work.data("train"), "parts": ["router"], "tokens_per_step": 2048}
+    settings = {
+        "model": str(start),
+        "data": work.data("train"),
+        "parts": ["router"],
+        "balance": 0.01,
+        "eval_data": {d: {"path": work.file(d, "calibration"), "limit": HELD_OUT_DOCUMENTS} for d in DOMAINS},
+        "keep_best": True,
+        "save_every": work.size.train["tokens"] // 4,
+        "tokens_per_step": 2048,
+    }
     trained = work.make("trained", "tune", {**settings, **work.size.train})
     row("trained router, from ridge, k=2", work.nll("trained", trained))
     row("healed", work.nll("healed", taught(work, experts, start, "healed", work.size.heal)))
