@@ -64,7 +64,8 @@ def make(root: Path, experts: int, layers: int, hidden: int) -> int:
     tokens = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    make_fast: Any = PreTrainedTokenizerFast
+    fast = make_fast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -76,8 +77,9 @@ def make(root: Path, experts: int, layers: int, hidden: int) -> int:
         bos_token_id=0,
         eos_token_id=1,
     )
-    model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
-    size = 4 * sum(p.numel() for p in model.parameters())
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16)
+    size: int = 4 * sum(p.numel() for p in model.parameters())
     draw = random.Random(0)
     for e in range(-1, experts):
         name = "base" if e < 0 else f"e{e}"

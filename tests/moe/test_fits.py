@@ -162,7 +162,11 @@ def test_every_fit_says_what_it_needs() -> None:
 
 
 def test_sums_come_back_bit_by_bit(tmp_path: Path) -> None:
-    layers = [RouterStatistics(*map(np.asarray, sums_of(*cloud(seed, (5, 7), 6), 2))) for seed in (0, 1)]
+    layers: list[RouterStatistics] = []
+    for seed in (0, 1):
+        x, labels = cloud(seed, (5, 7), 6)
+        gram, sums, counts = sums_of(x, labels, 2)
+        layers.append(RouterStatistics(gram, sums, counts))
     with StatisticsWriter(tmp_path, layers=2, width=6, experts=["a", "b"], about={"x": 1}) as writer:
         for layer in layers:
             writer.write(layer)
