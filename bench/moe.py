@@ -33,8 +33,6 @@ from bench.moe_text import DOMAINS, prompts, write_text
 SCALES = (0.2, 0.3, 0.4, 0.6, 1.0)
 MERGEKIT_MODES = ("hidden", "cheap_embed", "random")
 FITS = ("ridge", "logistic", "lda", "centroid", "nll", "prompts")
-DEV_DOCUMENTS = 60
-HELD_OUT_DOCUMENTS = 20
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,8 @@ class Size:
     """How much is trained, and how fast.
 
     Attributes:
+        fit_tokens: of every domain, for routers.
+        documents: of every domain that figures are measured on: choice and test.
         tune_tokens: of every specialist.
         tune_lr: of every specialist.
         train: settings of the training of the router alone.
@@ -49,6 +49,8 @@ class Size:
         control: the same of the dense control.
     """
 
+    fit_tokens: int
+    documents: int
     tune_tokens: int
     tune_lr: float
     train: Mapping[str, Any]
@@ -57,10 +59,10 @@ class Size:
 
 
 SIZES = {
-    "smoke": Size(
-        10_000, 2e-3, {"tokens": 10_000, "lr": 1e-2}, {"tokens": 10_000, "lr": 2e-3}, {"tokens": 10_000, "lr": 2e-3}
-    ),
+    "smoke": Size(1500, 4, 4000, 2e-3, *({"tokens": 4000, "lr": lr} for lr in (1e-2, 2e-3, 3e-3))),
     "small": Size(
+        28_000,
+        60,
         500_000,
         2e-3,
         {"tokens": 100_000, "lr": 1e-2},
@@ -68,7 +70,13 @@ SIZES = {
         {"tokens": 1_000_000, "lr": 3e-3},
     ),
     "large": Size(
-        200_000, 1e-3, {"tokens": 60_000, "lr": 3e-3}, {"tokens": 300_000, "lr": 1e-3}, {"tokens": 300_000, "lr": 1e-3}
+        28_000,
+        60,
+        200_000,
+        1e-3,
+        {"tokens": 60_000, "lr": 3e-3},
+        {"tokens": 300_000, "lr": 1e-3},
+        {"tokens": 300_000, "lr": 1e-3},
     ),
 }
 LARGE = {
@@ -116,7 +124,6 @@ class Work:
 
     def nll(self, name: str, model: Path, part: str = "test") -> dict[str, float]:
         """Nats a token by domain, through the evaluation stage."""
-        limit = {} if part == "test" else {"limit": DEV_DOCUMENTS}
         tasks = [
             {
                 "name": d,
@@ -152,10 +159,11 @@ def _forced(work: Work, model: Path, part: str) -> dict[str, float]:
     from solera_merge.moe.routing import forced_route
 
     mixture, tokenizer = load_model(model), load_tokenizer(model)
-    limit = None if part == "test" else DEV_DOCUMENTS
     found: dict[str, float] = {}
     for expert, domain in enumerate(DOMAINS):
-        documents = list(read_documents([DataSource(path=work.file(domain, part), limit=limit)], base_dir=Path()))
+        documents = list(
+            read_documents([DataSource(path=work.file(domain, part), limit=work.size.documents)], base_dir=Path())
+        )
         with forced_route(mixture, expert), torch_threads(work.threads):
             scores = score_documents(mixture, tokenizer, documents, window_tokens=256, batch_tokens=4096)
         found[domain] = sum(s.nll for s in scores) / sum(s.tokens for s in scores)
@@ -236,7 +244,7 @@ def mixture(
 ) -> Path:
     """Our build; routers are fitted and judged on calibration text."""
     rows: list[dict[str, Any]] = [{"name": domain, "model": str(path)} for domain, path in experts.items()]
-    router: dict[str, Any] = {"fit": fit, "data": work.data("calibration"), "tokens_per_domain": 28_000}
+    router: dict[str, Any] = {"fit": fit, "data": work.data("calibration"), "tokens_per_domain": work.size.fit_tokens}
     if fit == "prompts":
         rows = [{**row, "prompts": prompts(work.text, row["name"])} for row in rows]
     if fit == "nll":
@@ -308,7 +316,9 @@ def columns(work: Work) -> None:
         "data": work.data("train"),
         "parts": ["router"],
         "balance": 0.01,
-        "eval_data": {d: {"path": work.file(d, "calibration"), "limit": HELD_OUT_DOCUMENTS} for d in DOMAINS},
+        "eval_data": {
+            d: {"path": work.file(d, "calibration"), "limit": max(work.size.documents // 3, 2)} for d in DOMAINS
+        },
         "keep_best": True,
         "save_every": work.size.train["tokens"] // 4,
         "tokens_per_step": 2048,
@@ -327,7 +337,7 @@ def model_router(work: Work, experts: Mapping[str, Path]) -> Path:
             "base_model": str(work.base),
             "specialists": [{"name": domain, "model": str(path)} for domain, path in experts.items()],
             "data": work.data("calibration"),
-            "documents_per_domain": 60,
+            "documents_per_domain": max(work.size.documents, 12),
             "window_tokens": 256,
         },
     )
