@@ -130,7 +130,7 @@ class Work:
                 "kind": "text",
                 "domain": d,
                 "window_tokens": 256,
-                "data": {"path": self.file(d, part), **limit},
+                "data": {"path": self.file(d, part), "limit": self.size.documents},
             }
             for d in DOMAINS
         ]
