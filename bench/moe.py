@@ -199,7 +199,7 @@ def merges(work: Work, experts: Mapping[str, Path]) -> dict[str, Path]:
     found = {"average": work.make("average", "merge", {"merge_method": "linear", "models": given})}
     for scale in SCALES:
         models = [{"model": str(path), "parameters": {"weight": scale}} for path in experts.values()]
-        settings = {"merge_method": "task_arithmetic", "base_model": str(work.base), "models": models}
+        settings: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": str(work.base), "models": models}
         found[f"task arithmetic {scale}"] = work.make(f"arithmetic-{scale}", "merge", settings)
     settings = {"merge_method": "ties", "base_model": str(work.base), "models": given, "parameters": {"density": 0.5}}
     found["TIES"] = work.make("ties", "merge", settings)

@@ -26,7 +26,8 @@ def _tokenizer(directory: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")  # type: ignore[no-untyped-call]
+    fast.save_pretrained(directory)
 
 
 def main() -> None:
