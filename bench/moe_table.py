@@ -12,6 +12,8 @@ WITHIN = 1.05
 """A healed mixture shall lose at most 5 % of the specialists' mean nats a token."""
 MERGEKIT = "mergekit-moe"
 OURS = "fit "
+TRUNK, BASE = "trunk: ", "base_model: "
+"""In the names of mixtures, ours and mergekit's, whose trunk is not the base."""
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 Rows = Mapping[str, Mapping[str, float]]
@@ -58,15 +60,10 @@ def _one(way: str, found: Mapping[str, Rows]) -> None:
 def _verdicts(found: Mapping[str, Rows], names: Sequence[str]) -> None:
     theirs = [name for name in names if name.startswith(MERGEKIT)]
     ours = [name for name in names if name.startswith(OURS)]
-    pairs = [(a, b, _of(found, _difference(a, b))) for a in ours for b in theirs]
-    lost = [
-        f"{a} against {b} ({_cell(list(d.values()), 3)})" for a, b, d in pairs if d and statistics.mean(d.values()) >= 0
-    ]
-    won = len(pairs) - len(lost)
-    verdict = "held" if pairs and not lost else "missed"
-    print(f"- every fit better than every mergekit-moe mode: {verdict}, {won} of {len(pairs)} pairs better on the mean")
-    for line in lost:
-        print(f"    - not: {line}")
+    pairs = [(a, b) for a in ours for b in theirs]
+    _better("every fit better than every mergekit-moe mode, all pairs", found, pairs)
+    alike = [(a, b) for a, b in pairs if (TRUNK in a) == (BASE in b)]
+    _better("the same, pairs of like trunks alone", found, alike)
     healed = [name for name in names if name.startswith("healed")]
     for name in healed:
         share = _of(found, _ratio(name, "specialists"))
@@ -76,6 +73,17 @@ def _verdicts(found: Mapping[str, Rows], names: Sequence[str]) -> None:
         gain = _of(found, _difference("control", name))
         verdict = _verdict(list(gain.values()))
         print(f"- {name} better than the dense control: {verdict}, by {_cell(list(gain.values()), 3)} nats")
+
+
+def _better(aim: str, found: Mapping[str, Rows], pairs: Sequence[tuple[str, str]]) -> None:
+    """Whether the first of every pair has the smaller loss, in the mean over seeds; those that have not are named."""
+    gains = [(a, b, list(_of(found, _difference(b, a)).values())) for a, b in pairs]
+    gains = [(a, b, values) for a, b, values in gains if values]
+    lost = [(a, b, values) for a, b, values in gains if statistics.mean(values) <= 0]
+    verdict = "not measured" if not gains else "missed" if lost else "held"
+    print(f"- {aim}: {verdict}, {len(gains) - len(lost)} of {len(gains)} better on the mean")
+    for a, b, values in lost:
+        print(f"    - not: {a}, against {b}: {_cell(values, 3)}")
 
 
 def _separability(folders: Sequence[Path]) -> None:
