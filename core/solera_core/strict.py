@@ -123,7 +123,8 @@ def _lines(model: type[BaseModel], e: ValidationError) -> list[str]:
     lines: list[str] = []
     # Unknown keys first: a misspelt key also leaves another missing, and it is the typo that must be mended.
     for error in sorted(e.errors(), key=lambda error: error["type"] != "extra_forbidden"):
-        location = ".".join(str(part) for part in error["loc"])
+        # (a tag in brackets says which member of a union is meant, and stands in no file)
+        location = ".".join(str(part) for part in error["loc"] if not str(part).startswith("("))
         if error["type"] == "extra_forbidden":
             owner = _model_at(model, error["loc"][:-1])
             known = _keys(owner) if owner is not None else ()

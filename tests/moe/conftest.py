@@ -42,10 +42,10 @@ def domain_text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def moe_config() -> Callable[..., MoeConfig]:
-    """`moe_config(trunk, {name: path}, data=None, router={}, **settings)`; a random router unless data is given."""
+    """`moe_config(base, {name: path}, data=None, router={}, **settings)`; a random router unless data is given."""
 
     def make(
-        trunk: Path,
+        base: Path,
         experts: dict[str, Path],
         data: dict[str, Path] | None = None,
         router: dict[str, Any] | None = None,
@@ -55,7 +55,7 @@ def moe_config() -> Callable[..., MoeConfig]:
         if data is not None:
             fit = {"fit": "ridge", "data": {n: str(p) for n, p in data.items()}, "tokens_per_domain": 1500}
         raw = {
-            "base_model": str(trunk),
+            "base_model": str(base),
             "experts": [{"name": name, "model": str(path)} for name, path in experts.items()],
             "router": {**fit, **(router or {})},
             **settings,
@@ -67,10 +67,10 @@ def moe_config() -> Callable[..., MoeConfig]:
 
 @pytest.fixture(scope="session")
 def build(moe_config: Callable[..., MoeConfig]) -> Callable[..., Path]:
-    """`build(out, trunk, {name: path}, data=None, ctx=None, ...)`: as `moe_config`, and built."""
+    """`build(out, base, {name: path}, data=None, ctx=None, ...)`: as `moe_config`, and built."""
 
-    def make(out: Path, trunk: Path, experts: dict[str, Path], *, ctx: Context | None = None, **settings: Any) -> Path:
-        return build_moe(moe_config(trunk, experts, **settings), out, ctx or Context())
+    def make(out: Path, base: Path, experts: dict[str, Path], *, ctx: Context | None = None, **settings: Any) -> Path:
+        return build_moe(moe_config(base, experts, **settings), out, ctx or Context())
 
     return make
 

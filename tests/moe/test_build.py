@@ -59,7 +59,7 @@ def test_the_output_is_whole(fitted: Path, siblings: dict[str, Path]) -> None:
     record = json.loads((fitted / "solera.json").read_text())
     assert record["kind"] == "moe"
     assert [entry["name"] for entry in record["inputs"]] == [
-        "trunk",
+        "base",
         *("letters", "digits", "signs"),
         *("text of letters", "text of digits", "text of signs"),
     ]
@@ -305,7 +305,7 @@ def test_the_plan_says_what_the_build_does(
     assert plan.parameters["router"]["tokens_per_domain"] == 1500
     assert any("only the feed-forward networks are used" in warning for warning in plan.warnings)
     assert any("sequence_tokens: 256 is more than" in w and "sequences of 128 are used" in w for w in plan.warnings)
-    assert [read["what"] for read in plan.reads][:2] == ["trunk", "expert 'letters'"]
+    assert [read["what"] for read in plan.reads][:2] == ["base_model", "expert 'letters'"]
     froms = {row["from"] for row in plan.rows}
     assert froms == {"trunk", "router", "letters", "digits", "signs"}
 
@@ -339,8 +339,8 @@ def test_warnings_name_what_a_careful_person_wants_to_know(
     config = json.loads((far / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 1e6
     (far / "config.json").write_text(json.dumps(config))
-    warnings = plan_moe(moe_config(base, {"base": base, "far": far}), Context()).warnings
-    assert any("expert 'base' is the trunk itself" in warning for warning in warnings)
+    warnings = plan_moe(moe_config(base, {"same": base, "far": far}), Context()).warnings
+    assert any("expert 'same' is the trunk itself" in warning for warning in warnings)
     assert any("expert 'far': its rope_parameters is" in warning for warning in warnings)
 
 

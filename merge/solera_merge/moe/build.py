@@ -44,6 +44,7 @@ from solera_merge.moe.layers import layer_bytes
 from solera_merge.moe.prompts import PROMPT_FITS, prompt_routers
 from solera_merge.moe.statistics_file import STATISTICS_FILE, statistics_bytes
 from solera_merge.moe.targets.target import Piece
+from solera_merge.moe.trunk import PlannedTrunk, make_trunk, plan_trunk
 from solera_merge.moe.tune import TRIALS, tune_routers
 from solera_merge.moe.write import moe_specs, replace_routers, write_moe
 
@@ -56,8 +57,8 @@ def plan_moe(config: MoeConfig, ctx: Context) -> Plan:
     Raises:
         SoleraError: everything that is wrong with the inputs and that headers and text files can tell.
     """
-    inputs, text, warnings = _open(config, ctx)
-    return _plan(config, inputs, text, warnings)
+    inputs, text, merged, warnings = _open(config, ctx)
+    return _plan(config, inputs, text, merged, warnings)
 
 
 def build_moe(config: MoeConfig, out: Path, ctx: Context) -> Path:
@@ -68,14 +69,15 @@ def build_moe(config: MoeConfig, out: Path, ctx: Context) -> Path:
             written does not compute what it should. Nothing is left behind.
     """
     check_target(out, overwrite=ctx.overwrite)
-    inputs, text, warnings = _open(config, ctx)
-    models = [d for dense in (inputs.trunk, *inputs.experts) for d in dense.checkpoint.directories]
+    inputs, text, merged, warnings = _open(config, ctx)
+    models = [dense.checkpoint for dense in (inputs.base, *inputs.experts)]
+    directories = [directory for model in (*models, *merged.models) for directory in model.directories]
     sources = (data_path(source, ctx.base_dir) for _, source in _sources(config.router))
-    check_apart(out, models, [path for path in sources if path is not None])
-    plan = _plan(config, inputs, text, warnings)
+    check_apart(out, directories, [path for path in sources if path is not None])
+    plan = _plan(config, inputs, text, merged, warnings)
     require_disk(out, plan.disk_bytes)
     ctx.progress.note("reading the inputs for their digests")
-    records = _records(config, inputs, ctx)
+    records = _records(config, inputs, merged, ctx)
     _check_contents(inputs, records)
     with torch_threads(ctx.threads), staged(out, overwrite=ctx.overwrite) as staging:
         checks, digests = _build(config, inputs, text, warnings, staging, ctx)
@@ -108,10 +110,11 @@ def _sources(router: RouterConfig) -> list[tuple[str, DataSource]]:
     return labelled + [("unlabelled text", source) for source in router.unlabelled]
 
 
-def _open(config: MoeConfig, ctx: Context) -> tuple[Inputs, _Text, list[str]]:
+def _open(config: MoeConfig, ctx: Context) -> tuple[Inputs, _Text, PlannedTrunk, list[str]]:
     inputs = open_inputs(config, ctx)
+    merged = plan_trunk(config, inputs, ctx)
     router, fields = config.router, inputs.trunk.fields
-    warnings = list(inputs.warnings)
+    warnings = [*inputs.warnings, *merged.warnings]
     options: dict[str, Any] = {"base_dir": ctx.base_dir, "holdout": router.holdout, "seed": ctx.seed}
     domains: list[Domain] = []
     unlabelled: Domain | None = None
@@ -151,10 +154,10 @@ def _open(config: MoeConfig, ctx: Context) -> tuple[Inputs, _Text, list[str]]:
         "bytes: attention, norms, embeddings, head) give way to the trunk's. Where they were fine-tuned too, something "
         "is lost: solera.json says how far they are apart"
     )
-    return inputs, _Text(domains, unlabelled), warnings
+    return inputs, _Text(domains, unlabelled), merged, warnings
 
 
-def _plan(config: MoeConfig, inputs: Inputs, text: _Text, warnings: Sequence[str]) -> Plan:
+def _plan(config: MoeConfig, inputs: Inputs, text: _Text, merged: PlannedTrunk, warnings: Sequence[str]) -> Plan:
     trunk, experts = inputs.trunk, len(inputs.experts)
     specs = moe_specs(inputs.target, trunk, experts=experts, width=inputs.width, dtype=config.dtype)
     total = sum(spec.size for spec in specs)
@@ -170,6 +173,7 @@ def _plan(config: MoeConfig, inputs: Inputs, text: _Text, warnings: Sequence[str
         stage="moe",
         reads=[
             _read_of(trunk, ffn=False),
+            *([_read_of(inputs.base, ffn=False)] if trunk is not inputs.base else []),
             *(_read_of(expert, ffn=True) for expert in inputs.experts),
             *(_text_of(domain, config.router.data[domain.name]) for domain in text.domains),
             *([_text_of(text.unlabelled, config.router.unlabelled)] if text.unlabelled else []),
@@ -178,10 +182,11 @@ def _plan(config: MoeConfig, inputs: Inputs, text: _Text, warnings: Sequence[str
             *({"what": shard.file, "bytes": shard.nbytes} for shard in layout(specs)),
             *([{"what": STATISTICS_FILE, "bytes": costs.statistics}] if costs.statistics else []),
         ],
-        memory_bytes=costs.memory,
-        disk_bytes=output_bytes + costs.statistics + costs.scratch,
+        memory_bytes=max(costs.memory, merged.memory_bytes),
+        disk_bytes=output_bytes + costs.statistics + costs.scratch + merged.disk_bytes,
         parameters={
             **config.model_dump(mode="json"),
+            "trunk_candidates": list(merged.merges),
             "target": inputs.target.name,
             "engine_matrix": _matrix(inputs),
             "expert_width": inputs.width,
@@ -269,11 +274,12 @@ def _matrix(inputs: Inputs) -> dict[str, str]:
     return {v.engine: v.verdict + (f": {v.why}" if v.why else "") for v in inputs.verdicts}
 
 
-def _records(config: MoeConfig, inputs: Inputs, ctx: Context) -> list[InputRecord]:
+def _records(config: MoeConfig, inputs: Inputs, merged: PlannedTrunk, ctx: Context) -> list[InputRecord]:
     models = list(zip(inputs.names, inputs.experts, strict=True))
-    models = models[len(inputs.old.names) :] if inputs.old else [("trunk", inputs.trunk), *models]
+    models = models[len(inputs.old.names) :] if inputs.old else [("base", inputs.base), *models]
+    given = [(name, model.stored) for name, model in models] + [(f"trunk: {m.ref}", m) for m in merged.models]
     with ThreadPoolExecutor(ctx.threads or min(os.cpu_count() or 1, 4)) as pool:
-        records = list(pool.map(lambda pair: input_record(pair[1].stored, pair[0]), models))
+        records = list(pool.map(lambda pair: input_record(pair[1], pair[0]), given))
     if inputs.old is not None:
         records = [inputs.old.record(), *records]
     return records + [data_record(what, source, ctx.base_dir) for what, source in _sources(config.router)]
@@ -307,6 +313,9 @@ def _build(
         warnings = [*warnings, *calibration.warnings]
     for warning in warnings:
         ctx.progress.note(warning)
+    held_out = calibration.held_out if calibration is not None else ()
+    (staging / ".trunks").mkdir()
+    inputs, trunk = make_trunk(config, inputs, held_out, staging / ".trunks", ctx)
     asked = config.router.temperature
     drawn = random_routers(config, inputs, seed=ctx.seed)
     # The routers come last: writing finds damaged inputs, and the identity check holds for any router, so both fail
@@ -320,6 +329,7 @@ def _build(
         top_k=config.top_k,
         width=inputs.width,
         dtype=config.dtype,
+        sidecars=inputs.base.checkpoint.sidecars,
         threads=ctx.threads,
         progress=ctx.progress,
     )
@@ -334,7 +344,8 @@ def _build(
     weights = trunk_digest(digests, inputs.target, open_checkpoint(staging, Context()))
     routers, facts = _routers(config, inputs, calibration, staging, ctx, drawn=drawn, weights=weights)
     digests |= routers
-    said = {"target": inputs.target.name, "engines": _matrix(inputs)}
+    shutil.rmtree(staging / ".trunks")
+    said = {"trunk": trunk, "target": inputs.target.name, "engines": _matrix(inputs)}
     return checks | said | {"identity": identity.to_json(), "router": facts, "warnings": [*warnings, *found]}, digests
 
 

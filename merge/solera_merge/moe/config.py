@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from solera_core.data import DataSource
 from solera_core.strict import Strict, did_you_mean
 from solera_merge.moe.mergekit import from_mergekit, is_mergekit
+from solera_merge.moe.trunk_config import Trunk, named_models, trunk_problems
 
 __all__ = ["AUTO", "FITS", "ExpertConfig", "Fit", "MoeConfig", "RouterConfig", "prompt_problems"]
 
@@ -151,7 +152,8 @@ class MoeConfig(Strict):
         target: the format; `auto`: the one that holds the models exactly and that most of `engines` run exactly.
         engines: that shall run it.
         base_model: that the experts were tuned from.
-        trunk: where attention, norms, embeddings and head come from.
+        trunk: where attention, norms, embeddings and head come from: `base`, the `average` of the experts, the name of
+            one of them, `{merge: {...}}`, or `auto`: what is best on held-out text.
         extend: a MoE built by solera, in the place of `base_model`: its trunk and its experts stay, `experts` come
             behind them, and its router is fitted anew from the sums saved beside it; only the new experts need text.
         experts: two or more specialists; with `extend` one or more.
@@ -161,7 +163,7 @@ class MoeConfig(Strict):
     """
 
     base_model: str | None = Field(default=None, min_length=1)
-    trunk: Literal["base"] = "base"
+    trunk: Trunk = "base"
     extend: str | None = Field(default=None, min_length=1)
     experts: tuple[ExpertConfig, ...] = Field(min_length=1)
     top_k: int = Field(default=2, ge=1)
@@ -182,6 +184,9 @@ class MoeConfig(Strict):
                 "base_model: missing; it names the model that the experts were tuned from. (`trunk` says which weights "
                 "the attention, norms and embeddings come from, and may be left out)"
             )
+        if isinstance(settings, Mapping) and "trunk" in settings:
+            trunk = named_models(settings["trunk"], settings.get("base_model"), settings.get("experts"))
+            return {**settings, "trunk": trunk}
         return settings
 
     @model_validator(mode="after")
@@ -207,8 +212,11 @@ class MoeConfig(Strict):
         else:
             if self.base_model is not None:
                 problems.append("base_model: extend keeps the trunk of the MoE that it extends; remove one of the two")
+            if self.trunk != "base":
+                problems.append("trunk: extend keeps the trunk of the MoE that it extends; remove one of the two")
             problems += extend_problems(self.router, names)
         problems += prompt_problems(self.experts, self.router.fit)
+        problems += trunk_problems(self.trunk, names, has_text=bool(self.router.data))
         if problems:
             raise ValueError("; ".join(problems))
         return self

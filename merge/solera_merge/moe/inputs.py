@@ -42,7 +42,9 @@ class Inputs:
     """What the MoE is made of, opened and found to fit together.
 
     Attributes:
-        trunk: gives everything but the experts.
+        base: that the experts were tuned from; gives config and tokenizer.
+        trunk: gives everything but the experts. Where it is yet to be merged or chosen (`trunk.make_trunk`), the base
+            stands in for it: it has the same tensors.
         experts: in the order of the recipe.
         names: of the experts.
         width: of the widest expert; narrower ones are padded with zeros, which changes nothing they compute.
@@ -52,6 +54,7 @@ class Inputs:
         old: the MoE that is extended, which gives the trunk and the first experts; None: all are specialists.
     """
 
+    base: Dense
     trunk: Dense
     experts: tuple[Dense, ...]
     names: tuple[str, ...]
@@ -76,13 +79,15 @@ def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
     old = None if config.extend is None else open_old(config.extend, ctx)
     if old is None:
         assert config.base_model is not None  # the config says so
-        trunk = read_dense("trunk", open_checkpoint(config.base_model, ctx))
+        base = read_dense("base_model", open_checkpoint(config.base_model, ctx))
     else:
-        trunk = old.trunk
+        base = old.trunk
         _check_extension(old, config)
     added = [read_dense(f"expert {e.name!r}", _open_expert(e, ctx)) for e in config.experts]
-    check_tokenizer(trunk.checkpoint)
-    warnings = _check_distinct(config, trunk, added, ctx)
+    given = {expert.name: model for expert, model in zip(config.experts, added, strict=True)}
+    trunk = given.get(config.trunk, base) if isinstance(config.trunk, str) else base
+    check_tokenizer(base.checkpoint)
+    warnings = _check_distinct(config, base, added, ctx)
     for expert, model in zip(config.experts, added, strict=True):
         _check_fits(trunk, model)
         warnings += compare_tokenizers(trunk.checkpoint, model.checkpoint, expert.name)
@@ -100,7 +105,7 @@ def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
     asked = config.target if old is None else old.target.name
     target, doubts = choose(asked, config.engines, trunk.fields, sizes, where=where)
     verdicts = target.verdicts(trunk.fields, sizes)
-    return Inputs(trunk, experts, names, width, target, tuple(verdicts), (*warnings, *doubts), old)
+    return Inputs(base, trunk, experts, names, width, target, tuple(verdicts), (*warnings, *doubts), old)
 
 
 def _check_extension(old: Old, config: MoeConfig) -> None:

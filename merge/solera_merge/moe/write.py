@@ -104,10 +104,11 @@ def write_moe(
     width: int,
     dtype: str | None,
     part: Part | None = None,
+    sidecars: Sequence[Path] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, str]:
-    """Write a MoE with its config and the trunk's tokenizer into `directory`; the digest of every tensor.
+    """Write a MoE with its config and a tokenizer into `directory`; the digest of every tensor.
 
     Args:
         directory: to write into; it exists.
@@ -119,6 +120,7 @@ def write_moe(
         width: of every expert.
         dtype: of everything; None: as the trunk.
         part: of all the models; None: the whole.
+        sidecars: tokenizer and other files; None: the trunk's.
         threads: tensors copied at once.
         progress: where to report.
 
@@ -142,7 +144,7 @@ def write_moe(
             copies.append(_Copy(spec, giver.checkpoint, _source(part, piece.source), piece.block, piece.at))
     digests = _write(directory, copies, threads=threads, progress=progress)
     config = target.config(fields, Sizes(len(experts), top_k, width), dtype=torch_dtype_name(trunk, dtype))
-    write_metadata(directory, config=config, sidecars=trunk.checkpoint.sidecars)
+    write_metadata(directory, config=config, sidecars=trunk.checkpoint.sidecars if sidecars is None else sidecars)
     return digests
 
 
