@@ -1,5 +1,6 @@
 """Opening trunk and experts, and everything about them that headers can settle."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,8 +145,12 @@ def _widths(config: MoeConfig, base: Dense, experts: Sequence[Dense], shared_mod
 
 
 def _share_of(width: int, share: float) -> int:
-    """So many neurons, neither none nor all; of wide networks a multiple of 32, which quantised formats store."""
-    step = 32 if width >= 1024 and width % 32 == 0 else 1
+    """So many neurons, neither none nor all.
+
+    A multiple of 8, without which transformers' kernels for experts refuse half precision; of wide networks one of 32,
+    which quantised formats store; as far as the width itself is one.
+    """
+    step = math.gcd(width, 32 if width >= 1024 else 8)
     return min(max(round(share * width / step) * step, step), width - step)
 
 
