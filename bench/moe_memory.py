@@ -1,6 +1,6 @@
 """Memory of fitting a router against the number of experts, beside that of one dense model.
 
-    python bench/moe_memory.py [--experts 2 4 8] [--fit ridge] [--layers 12] [--hidden 512]
+    python bench/moe_memory.py [--experts 2 4 8] [--fit ridge] [--layers 24] [--hidden 384]
 
 Makes a Llama-shaped base and specialists of random weights and text of as many domains, builds the MoE in a process of
 its own, and reads from the system (VmHWM) how far the memory of that process rose while the router was fitted and its
@@ -28,8 +28,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8])
     options.add_argument("--fit", default="ridge")
-    options.add_argument("--layers", type=int, default=8)
-    options.add_argument("--hidden", type=int, default=640)
+    options.add_argument("--layers", type=int, default=24)
+    options.add_argument("--hidden", type=int, default=384)
     options.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.child is not None:
@@ -64,7 +64,8 @@ def make(root: Path, experts: int, layers: int, hidden: int) -> int:
     tokens = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    make_fast: Any = PreTrainedTokenizerFast
+    fast = make_fast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -76,8 +77,9 @@ def make(root: Path, experts: int, layers: int, hidden: int) -> int:
         bos_token_id=0,
         eos_token_id=1,
     )
-    model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
-    size = 4 * sum(p.numel() for p in model.parameters())
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16)
+    size: int = 4 * sum(p.numel() for p in model.parameters())
     draw = random.Random(0)
     for e in range(-1, experts):
         name = "base" if e < 0 else f"e{e}"

@@ -6,7 +6,7 @@ which is named. Nothing is downloaded but small files and headers.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from solera_core.checkpoint import Checkpoint
@@ -18,7 +18,7 @@ from solera_core.licence import concerns, read_front_matter, read_licence
 from solera_core.strict import parse
 from solera_merge.config import MergeConfig
 from solera_merge.methods.catalogue import METHODS
-from solera_merge.plan import make_plan
+from solera_merge.plan import MergePlan, make_plan
 from solera_merge.vocabulary import conflicting_ids
 
 __all__ = ["Advice", "Recipe", "advise", "method_notes", "model_rows"]
@@ -97,7 +97,8 @@ def advise(
     if base is None:
         base, base_from = _base(models, here, ctx)
     others = [model for model in models if model is not base]
-    problems = _problems(others, base, ctx)
+    problems, tokenizer, lines = _problems(others, base, ctx)
+    findings += lines
     found = _measure(others, base, here, ctx) if not problems else None
     related = True
     if found is not None:
@@ -111,7 +112,9 @@ def advise(
         [] if found is None or base is None else _pairs(found),
         problems,
         findings,
-        _recipes(others, base, found) if related and not problems else [],
+        [replace(recipe, yaml=recipe.yaml + tokenizer) for recipe in _recipes(others, base, found)]
+        if related and not problems
+        else [],
     )
 
 
@@ -195,15 +198,26 @@ def _centre(models: Sequence[Checkpoint], ctx: Context) -> Checkpoint | None:
     return centres[0] if len(centres) == 1 else None
 
 
-def _problems(models: Sequence[Checkpoint], base: Checkpoint | None, ctx: Context) -> list[str]:
-    """What a plain average of all would be refused for."""
-    refs = [m.ref for m in (*models, *([base] if base is not None else []))]
+def _problems(models: Sequence[Checkpoint], base: Checkpoint | None, ctx: Context) -> tuple[list[str], str, list[str]]:
+    """What an average of all would be refused for, what the recipes say about the tokenizer, and why."""
+    refs = [m.ref for m in (*([base] if base is not None else []), *models)]
     recipe = {"merge_method": "linear", "models": [{"model": ref} for ref in refs], "parameters": {"weight": 1}}
-    try:
-        make_plan(parse(MergeConfig, recipe, where="models"), ctx)
-    except InputError as e:
-        return str(e).splitlines()
-    return []
+
+    def planned(**more: Any) -> MergePlan | list[str]:
+        try:
+            return make_plan(parse(MergeConfig, {**recipe, **more}, where="models"), ctx)[0]
+        except InputError as e:
+            return str(e).splitlines()
+
+    plain, united = planned(), planned(tokenizer={"source": "union"})
+    if isinstance(united, list):  # where no union can be made, this is no way out of what keeps them apart
+        return (plain if isinstance(plain, list) else []), "", []
+    if "tokenizer.json" not in united.files and not isinstance(plain, list):
+        return [], "", []
+    why = "they cannot be merged without it" if isinstance(plain, list) else "without it the others' tokens are lost"
+    lines = [f"the vocabularies differ, so the recipes have `tokenizer: {{source: union}}`: {why}"]
+    lines += [warning for warning in united.warnings if "sample texts are split differently" in warning]
+    return [], "tokenizer: {source: union}\n", lines
 
 
 def _measure(

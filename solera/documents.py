@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from pydantic import Field
 
-from solera.planning import plan_stages, total
+from solera.planning import combined, plan_stages
 from solera.recipe import Recipe, parse_recipe
 from solera.stages import Stage
 from solera_core.context import Context
@@ -37,6 +37,9 @@ __all__ = ["DocumentsConfig", "merge_documents", "plan_documents"]
 
 _OUTPUT: Final = "output"
 """What the document without a name is called in plans and messages."""
+
+_MADE: Final = Path("stages")
+"""Where `plan_stages` says that the merges are."""
 
 
 class DocumentsConfig(Strict):
@@ -61,21 +64,7 @@ def plan_documents(config: DocumentsConfig, ctx: Context) -> Plan:
     """
     recipe, output = _recipe(config, ctx)
     plans = _plans(recipe, output, config, ctx)
-    rows = {
-        part: [{"stage": name, **row} for name, plan in plans.items() for row in getattr(plan, part)]
-        for part in ("reads", "writes", "rows")
-    }
-    needed = total(plans)
-    return Plan(
-        stage=f"merge in {len(plans)} stages: {', '.join(plans)}",
-        reads=[row for row in rows["reads"] if not _is_made(row, plans)],
-        writes=rows["writes"],
-        memory_bytes=needed["memory_bytes"],
-        disk_bytes=needed["disk_bytes"],
-        parameters={f"{name}.{key}": value for name, plan in plans.items() for key, value in plan.parameters.items()},
-        rows=rows["rows"],
-        warnings=[f"{name}: {warning}" for name, plan in plans.items() for warning in plan.warnings],
-    )
+    return combined(f"merge in {len(plans)} stages: {', '.join(plans)}", plans, made=_MADE)
 
 
 def merge_documents(config: DocumentsConfig, out: Path, ctx: Context) -> Path:
@@ -90,7 +79,7 @@ def merge_documents(config: DocumentsConfig, out: Path, ctx: Context) -> Path:
     check_target(out, overwrite=ctx.overwrite)
     work = config.keep_intermediate or out.parent / f".{out.name}.solera-stages"
     plans = _plans(recipe, final, config, ctx)
-    reads = [row for plan in plans.values() for row in plan.reads if not _is_made(row, plans)]
+    reads = combined("merge", plans, made=_MADE).reads
     check_apart(out, [Path(row["path"]) for row in reads], [work])
     _check_room({name: plan.disk_bytes for name, plan in plans.items()}, final, out, work)
     made: dict[str, Path] = {}
@@ -109,11 +98,6 @@ def merge_documents(config: DocumentsConfig, out: Path, ctx: Context) -> Path:
         raise
     _remove(work, config)
     return out
-
-
-def _is_made(row: Mapping[str, Any], plans: Mapping[str, Plan]) -> bool:
-    """Whether what a plan reads is what another one writes (`plan_stages` calls it `stages/NAME`)."""
-    return row["path"] in {str(Path("stages") / name) for name in plans}
 
 
 def _check_room(sizes: Mapping[str, int], final: str, out: Path, work: Path) -> None:

@@ -91,6 +91,8 @@ def _trace(directory: Path, name: str, role: str, ctx: Context, depth: int) -> A
     data: list[str] = []
     for item in record.get("inputs", []) if depth > 0 else []:
         ref, digest = str(item.get("ref", "")), str(item.get("digest", ""))
+        if item.get("name") == "tokenizer_source":
+            continue  # neither weights nor texts came from it
         if not digest.startswith(("blake3:", "sampled:")):  # of files of text: sha256
             data.append(ref if ref.startswith("hub:") else PurePosixPath(ref).name)
             continue

@@ -276,14 +276,22 @@ def _key_file(out: Path, name: str) -> Path:
 def _key(stage: Stage, ctx: Context) -> str:
     """Hash of everything that goes into a stage: settings, seed, contents of its models and texts, our version."""
     from solera_core.checkpoint import open_checkpoint
+    from solera_core.hub import resolve, split_adapter
+    from solera_core.lora import is_adapter, open_stored
+    from solera_core.provenance import tokenizer_record
+    from solera_core.raw import open_tokenizer
 
     models: dict[str, str] = {}
     for reference in stage.references.models:
         route = find_route(reference, ctx)
         if (made := route or ctx.models.get(reference)) is not None:
             models[reference] = directory_digest(made)
+        elif split_adapter(reference, ctx) is None and is_adapter(resolve(reference, ctx, weights="later").path):
+            models[reference] = open_stored(reference, ctx).digest()
         else:
             models[reference] = open_checkpoint(reference, ctx).digest()
+    for reference in stage.references.tokenizers:
+        models[reference] = tokenizer_record(open_tokenizer(reference, ctx)).digest
     ingredients = {
         "kind": stage.kind,
         "config": stage.config.model_dump(mode="json", by_alias=True),

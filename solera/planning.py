@@ -15,7 +15,7 @@ from solera_core.context import Context
 from solera_core.errors import ConfigError, ResourceError, SoleraError
 from solera_core.plan import Plan
 
-__all__ = ["plan_stages", "total"]
+__all__ = ["combined", "plan_stages", "total"]
 
 
 def plan_stages(recipe: Recipe, out: Path, ctx: Context, *, made: Mapping[str, Path] | None = None) -> dict[str, Plan]:
@@ -66,6 +66,26 @@ def total(plans: Mapping[str, Plan]) -> dict[str, int]:
         "disk_bytes": sum(plan.disk_bytes for plan in plans.values()),
         "memory_bytes": max((plan.memory_bytes for plan in plans.values()), default=0),
     }
+
+
+def combined(stage: str, plans: Mapping[str, Plan], *, made: Path) -> Plan:
+    """One plan of several, one below the other; what one of them makes in `made` is not read from outside."""
+    own = {str(made / name) for name in plans}
+    rows = {
+        part: [{"stage": name, **row} for name, plan in plans.items() for row in getattr(plan, part)]
+        for part in ("reads", "writes", "rows")
+    }
+    needed = total(plans)
+    return Plan(
+        stage=stage,
+        reads=[row for row in rows["reads"] if row["path"] not in own],
+        writes=rows["writes"],
+        memory_bytes=needed["memory_bytes"],
+        disk_bytes=needed["disk_bytes"],
+        parameters={f"{name}.{key}": value for name, plan in plans.items() for key, value in plan.parameters.items()},
+        rows=rows["rows"],
+        warnings=[f"{name}: {warning}" for name, plan in plans.items() for warning in plan.warnings],
+    )
 
 
 def _outline(stage: Stage, ctx: Context) -> Plan:

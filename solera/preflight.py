@@ -41,6 +41,8 @@ def check_inputs(recipe: Recipe, out: Path, ctx: Context) -> None:
             for part in _parts(reference, here):
                 problems += _at(stage, _model_problems(part, here))
                 given += [here.base_dir / part] if part not in here.models else []
+        for reference in stage.references.tokenizers:
+            problems += _at(stage, _model_problems(reference, here, whole=False))
         problems += _at(stage, _text_problems(stage, here))
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
@@ -69,12 +71,13 @@ def _parts(reference: str, ctx: Context) -> Iterator[str]:
         yield split[1]
 
 
-def _model_problems(reference: str, ctx: Context) -> Iterator[str]:
+def _model_problems(reference: str, ctx: Context, *, whole: bool = True) -> Iterator[str]:
+    """`whole`: not only its tokenizer is wanted."""
     if reference in ctx.models:
         return
     path = ctx.base_dir / Path(reference).expanduser()
     if path.is_dir():
-        if not (path / "adapter_config.json").exists() and find_route(path, ctx) is None:
+        if whole and not (path / "adapter_config.json").exists() and find_route(path, ctx) is None:
             try:
                 read_config(path, trust_remote_code=ctx.trust_remote_code)
             except InputError as e:

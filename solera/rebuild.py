@@ -50,7 +50,7 @@ def rebuild(directory: Path, ctx: Context) -> Rebuilt:
     for item in record["inputs"]:
         if item["digest"].startswith(("blake3:", "sampled:")):
             sampled = item["digest"].startswith("sampled:")
-            now = _digest_now(item["ref"], here, merged=record["kind"] == "merge", sampled=sampled)
+            now = _digest_now(item["ref"], here, merged=record["kind"] in ("merge", "extract-lora"), sampled=sampled)
             if now != item["digest"]:
                 problems.append(f"input {item['ref']} has changed: {item['digest'][:23]}... then, {now[:23]}... now")
     if problems:

@@ -76,7 +76,7 @@ class Recipe:
     def inputs(self, stage: Stage) -> tuple[str, ...]:
         """Names of the stages that `stage` reads."""
         names = {s.name for s in self.stages}
-        wanted = [part for ref in stage.references.models for part in _parts(ref)] + list(stage.references.verdicts)
+        wanted = [part for ref in stage.references.directories for part in _parts(ref)]
         return tuple(dict.fromkeys(n for n in wanted if n in names))
 
 
@@ -175,7 +175,7 @@ def _ordered(stages: Mapping[str, Stage], where: str) -> tuple[Stage, ...]:
             raise ConfigError(f"{where}: stages read each other in a circle: {circle}")
         path.append(name)
         stage = stages[name]
-        for reference in (*stage.references.models, *stage.references.verdicts):
+        for reference in stage.references.directories:
             for part in _parts(reference):
                 if part in stages:
                     visit(part)

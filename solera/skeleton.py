@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from solera.stages import Stage
-from solera_core.architecture import is_head, num_layers, ties_embeddings
+from solera_core.architecture import is_embedding, is_head, num_layers, ties_embeddings
 from solera_core.checkpoint import Checkpoint, open_checkpoint
 from solera_core.context import Context
 from solera_core.dtypes import FLOATS, SAFETENSORS_NAME
+from solera_core.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from solera_core.output import write_metadata
 from solera_core.writer import TensorSpec, layout
 
@@ -33,6 +34,16 @@ def write_skeleton(stage: Stage, directory: Path, ctx: Context) -> None:
             _write_init(directory, config)
         case "tune":
             _write_like(directory, open_checkpoint(config.model, ctx), config.dtype)
+        case "merge" if getattr(config, "adapter", None) is not None:
+            from solera_merge.adapters.merge import plan_merge_adapters
+
+            rows = plan_merge_adapters(config, ctx).rows
+            shapes = {row["module"]: row["shape"] for row in rows if isinstance(row["shape"], list)}
+            _write_adapter(directory, {m: (s[0], s[1]) for m, s in shapes.items() if not is_embedding(f"{m}.weight")})
+        case "extract-lora":
+            from solera_merge.adapters.extract import linear_modules
+
+            _write_adapter(directory, linear_modules(config, ctx))
         case "merge":
             from solera_merge.plan import make_plan
 
@@ -61,6 +72,19 @@ def write_skeleton(stage: Stage, directory: Path, ctx: Context) -> None:
             _write_student(directory, open_checkpoint(config.student.from_, ctx), config)
         case _:
             pass
+
+
+def _write_adapter(directory: Path, modules: Mapping[str, tuple[int, int]]) -> None:
+    """A LoRA of rank 1 for every module (out, in): which of them changed, and by what rank, only values tell."""
+    specs = [
+        TensorSpec(f"{PREFIX}{module}.lora_{half}.weight", "F32", shape)
+        for module, (rows, columns) in modules.items()
+        for half, shape in (("A", (1, columns)), ("B", (rows, 1)))
+    ]
+    _write(directory, {}, specs, [])
+    (directory / "model.safetensors").rename(directory / WEIGHTS_FILE)
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": list(modules), "bias": "none"}
+    (directory / CONFIG_FILE).write_text(json.dumps(settings), encoding="utf-8")
 
 
 def _write(

@@ -3,7 +3,7 @@
 Importing this file imports the configuration models only; torch and transformers come with `run`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,25 @@ __all__ = [
     "stage_config",
 ]
 
-KINDS = ("init", "tune", "merge", "moe", "route", "distill", "eval", "publish")
+KINDS = ("init", "tune", "merge", "extract-lora", "moe", "route", "distill", "eval", "publish")
 
 
 @dataclass(frozen=True)
 class References:
-    """What a stage reads: models by reference as written, text by source, other stages' verdicts by stage name."""
+    """What a stage reads: models by reference as written, text by source, other stages' verdicts by stage name.
+
+    `tokenizers`: models, or directories that are none, of which only the tokenizer is read.
+    """
 
     models: tuple[str, ...] = ()
     data: tuple[DataSource, ...] = ()
     verdicts: tuple[str, ...] = ()
+    tokenizers: tuple[str, ...] = ()
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """All that may be the name of a stage that must be there first."""
+        return (*self.models, *self.tokenizers, *self.verdicts)
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,10 @@ def stage_config(kind: str) -> type[Strict]:
             from solera_merge.config import MergeConfig
 
             return MergeConfig
+        case "extract-lora":
+            from solera_merge.adapters.extract import ExtractConfig
+
+            return ExtractConfig
         case "moe":
             from solera_merge.moe.config import MoeConfig
 
@@ -204,10 +217,17 @@ def _functions(kind: str, config: Strict) -> tuple[_Plan, _Run]:
             from solera_merge.run import merge, plan_merge
 
             return plan_merge, merge
-        case "moe":
-            from solera_merge.moe.build import build_moe, plan_moe
+        case "extract-lora":
+            from solera_merge.adapters.extract import extract_lora, plan_extract
 
-            return plan_moe, build_moe
+            return plan_extract, lambda config, out, ctx: extract_lora(config, out, ctx).out
+        case "moe":
+            from solera.healing import build_trained, is_trained, plan_trained
+            from solera_merge.moe.build import build_moe, plan_moe
+            from solera_merge.moe.config import MoeConfig
+
+            assert isinstance(config, MoeConfig)
+            return (plan_trained, build_trained) if is_trained(config) else (plan_moe, build_moe)
         case "route":
             from solera_merge.route.build import build_route, plan_route
 
@@ -233,7 +253,8 @@ def _references(kind: str, config: Strict) -> References:
             assert isinstance(config, PublishConfig)
             return References((config.model,), (), (config.when,) if config.when else ())
         case _:
-            return References(tuple(dict.fromkeys(_model_references(config))), tuple(dict.fromkeys(_sources(config))))
+            models, sources = dict.fromkeys(_model_references(config)), dict.fromkeys(_sources(config))
+            return References(tuple(models), tuple(sources), tokenizers=_tokenizers(config, models))
 
 
 _MODEL_FIELDS = {"model", "base_model", "from_", "source_model", "extend"}
@@ -252,6 +273,14 @@ def _model_references(value: Any, field: str = "") -> Iterable[str]:
             yield from _model_references(item, field)
     elif isinstance(value, str) and field in _MODEL_FIELDS:
         yield value
+
+
+def _tokenizers(config: Strict, models: Collection[str]) -> tuple[str, ...]:
+    """The model that gives a merge's tokenizer, where it is none of those that are merged."""
+    from solera_merge.config import MergeConfig
+
+    wanted = config.wanted_tokenizer if isinstance(config, MergeConfig) else None
+    return () if wanted is None or wanted.source in ("base", "union", *models) else (wanted.source,)
 
 
 def _sources(value: Any) -> Iterable[DataSource]:

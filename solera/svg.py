@@ -20,6 +20,7 @@ _KIND_COLOURS = {
     "init": "#8a939b",
     "tune": "#2f7d4f",
     "merge": "#1f5f8b",
+    "extract-lora": "#1f5f8b",
     "moe": "#7a3e9d",
     "route": "#a8437a",
     "distill": "#b4531a",

@@ -148,6 +148,11 @@ class Checkpoint:
         """A whole tensor as float32, shaped."""
         return self.read_flat(name).reshape(self.tensors[name].shape)
 
+    def scratch(self, name: str) -> tuple[int, int]:
+        """Memory that `read_flat` takes besides its result: (bytes an element that is read, bytes in any case)."""
+        del name
+        return 0, 0
+
     def is_derived(self, name: str) -> bool:
         """Whether the value is computed when it is read (then `read_raw` is refused); see `solera_core.views`."""
         del name

@@ -19,7 +19,14 @@ from solera_core.architecture import (
 from solera_core.checkpoint import read_config
 from solera_core.errors import VerificationError
 from solera_core.headers import TensorInfo
-from solera_core.provenance import InputRecord, data_record, input_record, verify, write_provenance
+from solera_core.provenance import (
+    InputRecord,
+    data_record,
+    input_record,
+    tokenizer_record,
+    verify,
+    write_provenance,
+)
 from solera_core.reload_check import require_exact
 from solera_core.shards import find_weights, read_headers
 from solera_core.sidecars import copy_sidecars
@@ -31,6 +38,7 @@ __all__ = [
     "check_weights",
     "data_record",
     "input_record",
+    "tokenizer_record",
     "verify",
     "write_metadata",
     "write_provenance",

@@ -32,6 +32,7 @@ __all__ = [
     "data_record",
     "input_record",
     "read_provenance",
+    "tokenizer_record",
     "verify",
     "write_provenance",
 ]
@@ -75,6 +76,14 @@ def input_record(checkpoint: Checkpoint, name: str | None = None, *, attest: boo
     """The record of a model; `name` is its role (default: its reference). `attest`: every byte of it is hashed."""
     digest = checkpoint.digest() if attest else checkpoint.identity()
     return InputRecord(name or checkpoint.ref, checkpoint.ref, checkpoint.revision, digest)
+
+
+def tokenizer_record(checkpoint: Checkpoint) -> InputRecord:
+    """The record of what gave its tokenizer and nothing else: SHA-256 of the files."""
+    hasher = hashlib.sha256()
+    for file in sorted(checkpoint.sidecars):
+        hasher.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+    return InputRecord("tokenizer_source", checkpoint.ref, checkpoint.revision, "sha256:" + hasher.hexdigest())
 
 
 def adapter_record(adapter: StoredAdapter) -> InputRecord:

@@ -6,15 +6,16 @@ Nothing is known about such a model but its tensors, so nothing is done with it 
 from pathlib import Path
 from typing import Final
 
-from solera_core.checkpoint import Checkpoint, open_checkpoint
+from solera_core.checkpoint import Checkpoint, open_checkpoint, read_config
 from solera_core.context import Context
 from solera_core.errors import CheckpointError
-from solera_core.hub import When
+from solera_core.hub import When, resolve, split_adapter
 from solera_core.quantised.catalogue import dequantised
 from solera_core.shards import Weights
-from solera_core.sources import Source, open_source
+from solera_core.sidecars import find_sidecars, tokenizer_files
+from solera_core.sources import SafetensorsSource, Source, open_source
 
-__all__ = ["is_weight_file", "open_values", "open_weight_file"]
+__all__ = ["is_weight_file", "open_tokenizer", "open_values", "open_weight_file"]
 
 _PICKLED: Final = (".bin", ".ckpt", ".pt", ".pth")
 
@@ -36,6 +37,29 @@ def open_values(ref: str, ctx: Context, *, weights: When = "now") -> Checkpoint:
     if is_weight_file(ref, ctx):
         return open_weight_file(ref, ctx)
     return open_checkpoint(ref, ctx, weights=weights, dequantise=True)
+
+
+def open_tokenizer(ref: str, ctx: Context) -> Checkpoint:
+    """The tokenizer of any model, or of a directory that is none: its small files, and no tensors.
+
+    Raises:
+        CheckpointError, HubError: nothing there, or no tokenizer in it.
+    """
+    if split_adapter(ref, ctx) is not None:
+        found = open_checkpoint(ref, ctx, weights="later")
+        directory, revision, config, sidecars = found.path, found.revision, found.config, list(found.sidecars)
+    else:
+        located = resolve(ref, ctx, weights="later")
+        directory, revision = located.path, located.revision
+        sidecars = find_sidecars(directory, code=ctx.trust_remote_code)
+        has_config = (directory / "config.json").exists()
+        config = read_config(directory, trust_remote_code=ctx.trust_remote_code) if has_config else {}
+    if not tokenizer_files(file.name for file in sidecars):
+        raise CheckpointError(f"{directory}: has no tokenizer")
+    none = SafetensorsSource({})
+    return Checkpoint(
+        ref=ref, path=directory, revision=revision, config=config, tensors={}, source=none, sidecars=sidecars
+    )
 
 
 def open_weight_file(ref: str, ctx: Context) -> Checkpoint:

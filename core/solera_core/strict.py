@@ -5,12 +5,13 @@ Nothing behind this file reads raw YAML or guesses at keys.
 
 import copy
 import difflib
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from solera_core.errors import ConfigError
 
@@ -94,13 +95,72 @@ def parse(model: type[ModelT], data: Any, *, where: str) -> ModelT:
     try:
         return model.model_validate(data)
     except ValidationError as e:
-        lines = _lines(model, e)
-        try:  # what else is wrong: pydantic does not look at a mapping as a whole that holds an unknown key
-            model.model_validate(without_unknown_keys(data, e))
-        except ValidationError as more:
-            lines += _lines(model, more)
+        lines = [*_lines(model, e), *_hidden(model, data, e)]
         text = "\n".join(f"{where}: {line}" for message in lines for line in message.splitlines())
         raise ConfigError("\n".join(dict.fromkeys(text.splitlines()))) from e
+
+
+def _hidden(model: type[BaseModel], data: Any, error: ValidationError) -> list[str]:
+    """What else is wrong: pydantic does not look at a mapping as a whole in which a key or value is wrong.
+
+    So misspelt keys are mended, all else that is wrong is taken out, and what is left is looked at again. That what was
+    taken out is not there is no news.
+    """
+    lines: list[str] = []
+    gone: set[str] = set()
+    while True:
+        whole, data = data, copy.deepcopy(data)
+        for found in _unknown_first(error):
+            location = found["loc"]
+            if found["type"] == "extra_forbidden":
+                known = _keys(owner) if (owner := _model_at(model, location[:-1])) is not None else ()
+                _mend(data, location, known)
+            elif found["type"] != "missing":
+                gone.add(_take_out(data, location))
+            elif location[-1] not in _at(data, location[:-1]):  # else a misspelt key was meant
+                gone.add(_take_out(data, location[:-1]))
+        if data == whole:
+            return lines
+        try:
+            model.model_validate(data)
+        except ValidationError as more:
+            error = more
+        else:
+            return lines
+        for line, found in zip(_lines(model, error), _unknown_first(error), strict=True):
+            if found["type"] != "missing":
+                lines += [one for one in line.splitlines() if not any(f"`{key}`" in one for key in gone)]
+
+
+def _at(data: Any, location: tuple[int | str, ...]) -> Any:
+    """What is at a location; parts of it that are the tag of a union lead nowhere, and are passed over."""
+    for part in location:
+        here = data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, list) else {}
+        data = here.get(part, data)
+    return data
+
+
+def _mend(data: Any, location: tuple[int | str, ...], known: Sequence[str]) -> None:
+    """Rename an unknown key to the near one that was meant, if that is not there; else take it out. In place."""
+    owner, key = _at(data, location[:-1]), location[-1]
+    if not isinstance(owner, dict) or key not in owner:
+        return
+    value = owner.pop(key)
+    if (near := difflib.get_close_matches(str(key), known, n=1)) and near[0] not in owner:
+        owner[near[0]] = value
+
+
+def _take_out(data: Any, location: tuple[int | str, ...]) -> str:
+    """Take the innermost value at a location that a key leads to out of `data`, in place; returns the key.
+
+    Entries of lists stay, so that places in them are still called by their numbers: the whole list goes.
+    """
+    for end in range(len(location), 0, -1):
+        owner, key = _at(data, location[: end - 1]), location[end - 1]
+        if isinstance(owner, dict) and key in owner:
+            del owner[key]
+            return str(key)
+    return ""
 
 
 def without_unknown_keys(data: Any, error: ValidationError) -> Any:
@@ -119,10 +179,14 @@ def without_unknown_keys(data: Any, error: ValidationError) -> Any:
     return changed
 
 
+def _unknown_first(e: ValidationError) -> list[ErrorDetails]:
+    """A misspelt key also leaves another missing, and it is the typo that must be mended."""
+    return sorted(e.errors(), key=lambda error: error["type"] != "extra_forbidden")
+
+
 def _lines(model: type[BaseModel], e: ValidationError) -> list[str]:
     lines: list[str] = []
-    # Unknown keys first: a misspelt key also leaves another missing, and it is the typo that must be mended.
-    for error in sorted(e.errors(), key=lambda error: error["type"] != "extra_forbidden"):
+    for error in _unknown_first(e):
         # (a tag in brackets says which member of a union is meant, and stands in no file)
         location = ".".join(str(part) for part in error["loc"] if not str(part).startswith("("))
         if error["type"] == "extra_forbidden":

@@ -31,10 +31,12 @@ class Derived:
     Attributes:
         info: dtype and shape of the value; its name and file are for messages, its offsets mean nothing.
         read: elements [start, stop) in C order as float32, 1-D, a new array. Thread-safe.
+        scratch: the memory that takes besides what is returned: (bytes an element that is read, bytes in any case).
     """
 
     info: TensorInfo
     read: Callable[[int, int], Float32]
+    scratch: tuple[int, int] = (0, 0)
 
 
 def view(
@@ -133,6 +135,13 @@ class _View(Checkpoint):
     def is_derived(self, name: str) -> bool:
         seen = self._seen.get(name)
         return self._parent.is_derived(seen) if isinstance(seen, str) else seen is not None
+
+    def scratch(self, name: str) -> tuple[int, int]:
+        seen = self._seen[name]
+        if isinstance(seen, str):
+            return self._parent.scratch(seen)
+        below = self._parent.scratch(name) if name in self._parent.tensors else (0, 0)  # what an adapter lies on
+        return seen.scratch[0] + below[0], seen.scratch[1] + below[1]
 
     def is_plain(self, name: str, dtypes: Collection[str]) -> bool:
         seen = self._seen[name]

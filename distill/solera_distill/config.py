@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from solera_core.data import DataSource
 from solera_core.strict import Strict
-from solera_distill.tokens import TokenCount
+from solera_core.tokens import TokenCount
 
 __all__ = [
     "DistillConfig",
@@ -81,6 +81,11 @@ class TrainingConfig(Strict):
         parts: which parameters train; the others stay as they are, to the bit.
         lr_parts: multipliers of the learning rate, by part.
         save_every: a killed run loses at most this many tokens; the held-out curve has a point at each.
+        balance: weight of the load-balancing loss of a mixture of experts, E * sum f_e P_e (arXiv 2101.03961), beside
+            the objective.
+        keep_best: write the model as it was where the loss on `eval_data` (mean over domains) was least: at the start
+            or at one of the looks at it.
+        patience: end after so many looks at `eval_data` (every `save_every`) without a lower loss.
         eval_data: held-out text; its loss is measured before, at every `save_every` and after.
         dtype: of the written weights (default: the dtype of the checkpoint trained).
     """
@@ -101,6 +106,9 @@ class TrainingConfig(Strict):
     parts: Literal["all"] | list[Part] = "all"
     lr_parts: dict[Part, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict[Part, float])
     save_every: TokenCount = 500_000
+    balance: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    keep_best: bool = False
+    patience: int | None = Field(default=None, ge=1)
     eval_data: Sources | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
@@ -108,6 +116,8 @@ class TrainingConfig(Strict):
     def _sensible(self) -> "TrainingConfig":
         if not self.data or self.eval_data == []:
             raise ValueError("`data` and `eval_data` must name at least one source")
+        if self.eval_data is None and (self.keep_best or self.patience is not None):
+            raise ValueError("keep_best and patience go by the loss on held-out text; give eval_data")
         if isinstance(self.parts, list):
             if not self.parts:
                 raise ValueError("parts: is empty, so nothing would train; name some, or write `all`")

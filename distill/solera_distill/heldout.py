@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 
+from solera_core.checkpoint import open_checkpoint
+from solera_core.context import Context
+from solera_core.data import DataSource
+from solera_core.fold import loadable
 from solera_distill.batches import Corpus, micro_batches
 from solera_distill.losses import negative_log_likelihood
 from solera_distill.objective import half, hidden_states, output_matrix
 
-__all__ = ["HeldOut", "measure"]
+__all__ = ["HeldOut", "measure", "nll_of"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,21 @@ class HeldOut:
 
     corpus: Corpus
     domains: Sequence[str]
+
+
+def nll_of(reference: str, sources: Sequence[DataSource], sequence_tokens: int, ctx: Context) -> float:
+    """The mean loss of a model on text, in nats a token, as a training measures it on its `eval_data`."""
+    from solera_core.causal_lm import load_model, load_tokenizer
+    from solera_distill.text import Groups, heldout_corpus, read_groups
+
+    checkpoint = open_checkpoint(reference, ctx)
+    tokenizer: Any = load_tokenizer(checkpoint.path, trust_remote_code=ctx.trust_remote_code)
+    tokenizer.model_max_length = 1 << 40
+    text = heldout_corpus(read_groups(sources, ctx.base_dir), Groups([], []), tokenizer, sequence_tokens)
+    with loadable(checkpoint) as directory:
+        model = load_model(directory, trust_remote_code=ctx.trust_remote_code)
+        row = measure(model, text, limit=4096, bfloat16=False, device=torch.device("cpu"))
+    return float(row["nll"])
 
 
 def measure(model: Any, text: HeldOut, *, limit: int, bfloat16: bool, device: torch.device) -> dict[str, Any]:

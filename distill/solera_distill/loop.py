@@ -4,6 +4,7 @@ What it promises, and tests prove:
 - The gradient of a step is that of the mean over all learned tokens of the step, however they are divided over
   micro-batches and processes.
 - A killed run, started again, ends with the same bytes as one that was not disturbed.
+- With `keep_best` the model ends as it was where the held-out loss was least, the start included.
 - Nothing is silent: a loss or gradient that is not finite ends the run, naming step and rate.
 """
 
@@ -30,7 +31,7 @@ from solera_distill.state import Position, State, StateFolder, optimizer_moments
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Settings", "deterministic", "train"]
+__all__ = ["Settings", "deterministic", "least_heldout", "train"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Settings:
     clip: float
     save_every: int
     bfloat16: bool
+    keep_best: bool = False
+    patience: int | None = None
 
 
 @contextlib.contextmanager
@@ -110,7 +113,8 @@ def train(
     for teacher in {id(t): t for t in teachers}.values():
         teacher.to(device)
     position = Position()
-    if states is not None and (state := states.load()) is not None:
+    state = None if states is None else states.load()
+    if state is not None:
         restore(state, parameters, optimizer)
         position = state.position
         progress.note(f"resumed at {position.tokens} of {settings.tokens} tokens")
@@ -118,10 +122,14 @@ def train(
     order = Order(corpus, settings.seed)
     limit = min(settings.micro_batch_tokens, math.ceil(settings.tokens_per_step / accelerator.num_processes))
 
+    best: dict[str, Tensor] = {} if state is None else state.best
+
     def look_at_heldout() -> None:
         if heldout is not None:
             row = measure(model, heldout, limit=limit, bfloat16=settings.bfloat16, device=device)
             position.log.append({"step": position.step, "tokens": position.tokens, "heldout": row})
+            if settings.keep_best and least_heldout(position.log)["step"] == position.step:
+                best.update({n: p.detach().clone() for n, p in parameters.items()})
 
     with progress.task("training", settings.tokens, "tokens") as task:
         task.advance(min(position.tokens, settings.tokens))
@@ -174,11 +182,34 @@ def train(
             if due or done:
                 look_at_heldout()
             if states is not None and due and not done and accelerator.is_main_process:
-                states.save(State(position, dict(parameters), optimizer_moments(optimizer, names)))
+                states.save(State(position, dict(parameters), optimizer_moments(optimizer, names), best))
             if after_step is not None:
                 after_step(position.step)
+            if (due or done) and settings.patience is not None and _looks_in_vain(position.log) >= settings.patience:
+                progress.note(f"stopped at {position.tokens} tokens: the held-out loss falls no more")
+                break
+    if best:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(best[name])
     model.eval()
     return position.log
+
+
+def least_heldout(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row of training.jsonl with the least held-out loss, the mean over domains; the first of equal ones."""
+    return min((row for row in log if "heldout" in row), key=lambda row: _mean_of_domains(row["heldout"]))
+
+
+def _looks_in_vain(log: Sequence[dict[str, Any]]) -> int:
+    """How often the held-out loss was looked at since it was least."""
+    rows = [row for row in log if "heldout" in row]
+    return len(rows) - 1 - rows.index(least_heldout(log))
+
+
+def _mean_of_domains(heldout: dict[str, Any]) -> float:
+    domains = list(heldout.get("domains", {"": heldout["nll"]}).values())
+    return float(sum(domains) / len(domains))
 
 
 def gradient(

@@ -1,13 +1,14 @@
 """A model seen as hidden states and an output matrix, and the student together with its loss as one module."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from solera_core.errors import CheckpointError
+from solera_distill.balance import balance_loss, router_outputs
 from solera_distill.losses import fused_loss
 
 __all__ = ["StudentWithObjective", "check_head", "experts_for", "hidden_states", "output_matrix"]
@@ -67,13 +68,25 @@ class StudentWithObjective(nn.Module):
     were given, and a loss computed from the outside, on the unwrapped model, would silently train every rank by itself.
     """
 
-    def __init__(self, model: Any, *, kl: float, ce: float, temperature: float, autocast: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        kl: float,
+        ce: float,
+        temperature: float,
+        autocast: bool,
+        balance: float = 0.0,
+        routers: Sequence[Any] = (),
+    ) -> None:
         super().__init__()
         self.model = model
         self.kl = kl
         self.ce = ce
         self.temperature = temperature
         self.autocast = autocast
+        self.balance = balance
+        self.routers = list(routers)  # a plain list: they are the model's own, not modules of this one
 
     def forward(
         self,
@@ -85,12 +98,12 @@ class StudentWithObjective(nn.Module):
         teacher_head_VD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss of a micro-batch, `scale` times the sum over its learned tokens; and the sums of KL and of CE."""
-        with half(inputs_BT.device, self.autocast):
+        with half(inputs_BT.device, self.autocast), router_outputs(self.routers) as routed:
             hidden_BTD = hidden_states(self.model, inputs_BT)
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         if positions_N.shape[0] != hidden_ND.shape[0]:
             hidden_ND = hidden_ND.index_select(0, positions_N)
-        return fused_loss(
+        loss, sums = fused_loss(
             hidden_ND,
             output_matrix(self.model),
             targets_N,
@@ -102,6 +115,9 @@ class StudentWithObjective(nn.Module):
             scale=scale,
             matmul=torch.bfloat16 if self.autocast else None,
         )
+        if self.balance:
+            loss = loss + self.balance * scale * positions_N.numel() * balance_loss(routed, positions_N)
+        return loss, sums
 
 
 @contextlib.contextmanager

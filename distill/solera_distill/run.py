@@ -237,7 +237,8 @@ class _Training:
 
         from solera_core.causal_lm import load_model, load_tokenizer, save_model
         from solera_distill import parts
-        from solera_distill.loop import Settings, deterministic, train
+        from solera_distill.balance import router_modules
+        from solera_distill.loop import Settings, deterministic, least_heldout, train
         from solera_distill.objective import StudentWithObjective, check_head, experts_for, output_matrix
         from solera_distill.state import StateFolder
         from solera_distill.teaching import check_taught, check_tokenizers, check_vocabulary, route_by_domain
@@ -287,6 +288,8 @@ class _Training:
                     ce=self.objective.ce,
                     temperature=self.objective.temperature,
                     autocast=config.precision == "bfloat16",
+                    balance=config.balance,
+                    routers=router_modules(model, self.student.ref) if config.balance else (),
                 ),
                 groups,
                 corpus,
@@ -303,6 +306,8 @@ class _Training:
                     clip=config.clip,
                     save_every=config.save_every,
                     bfloat16=config.precision == "bfloat16",
+                    keep_best=config.keep_best,
+                    patience=config.patience,
                 ),
                 teachers=[loaded[d] for d in directories],
                 heldout=heldout,
@@ -313,6 +318,10 @@ class _Training:
             save_model(model.cpu(), staging, like=source, dtype=self.dtype, sidecars_from=self.student.path)
         (staging / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
         rows = [row["heldout"] for row in log if "heldout" in row]
+        if config.keep_best:
+            kept = least_heldout(log)
+            rows.append(kept["heldout"])
+            checks["kept_at_tokens"] = kept["tokens"]
         if rows:
             checks |= {"heldout_nll_before": rows[0]["nll"], "heldout_nll_after": rows[-1]["nll"]}
             if "domains" in rows[0]:

@@ -44,11 +44,12 @@ class Position:
 
 @dataclass
 class State:
-    """Position, trained parameters by name, and the optimizer's state of each."""
+    """Position, trained parameters by name, the optimizer's state of each, and the parameters that were best so far."""
 
     position: Position
     parameters: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
+    best: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 class StateFolder:
@@ -66,6 +67,7 @@ class StateFolder:
         older = list(self._directory.iterdir())
         scratch.mkdir()
         tensors = {f"parameter/{n}": t.detach().contiguous() for n, t in state.parameters.items()}
+        tensors |= {f"best/{n}": t.contiguous() for n, t in state.best.items()}
         for name, moments in state.moments.items():
             tensors |= {f"{key}/{name}": moments[key].contiguous() for key in _MOMENTS}
             tensors[f"step/{name}"] = moments["step"].clone()
@@ -90,14 +92,17 @@ class StateFolder:
                 continue
             parameters: dict[str, Tensor] = {}
             moments: dict[str, dict[str, Tensor]] = {}
+            best: dict[str, Tensor] = {}
             for key, tensor in tensors.items():
                 kind, _, name = key.partition("/")
                 if kind == "parameter":
                     parameters[name] = tensor
+                elif kind == "best":
+                    best[name] = tensor
                 else:
                     moments.setdefault(name, {})[kind] = tensor
             cursor = Cursor(**position.pop("cursor"))
-            return State(Position(cursor=cursor, **position), parameters, moments)
+            return State(Position(cursor=cursor, **position), parameters, moments, best)
         return None
 
     def remove(self) -> None:

@@ -121,11 +121,13 @@ class MergeConfig(Strict):
         dtype: of the output where `out_dtype` is not given. (mergekit also computes in it; here it is float32,
             unless the run is asked for mergekit's own bytes: `Context.compat`.)
         out_dtype: of the output; without either, each tensor keeps the widest dtype of its sources.
-        tokenizer_source: the output's tokenizer: `union`, `base` or one of the models. By default it is that of the
-            config's owner, and all models must have its tokens.
+        tokenizer_source: the output's tokenizer: `union`, `base` or that of any model, of this merge or not. By default
+            it is that of the config's owner, and all models must have its tokens.
         tokenizer: the same with settings of single tokens.
         chat_template: `auto`, a name, or the text of a template (`solera_merge.tokenizer.chat`).
         adapter: all models are LoRA adapters, and so is the output (`docs/adapters.md`).
+        tensors: of files of weights, where one lacks a tensor: `intersection` leaves it out, `union` merges it from
+            those that have it. By default it is an error.
     """
 
     merge_method: str
@@ -141,6 +143,7 @@ class MergeConfig(Strict):
     tokenizer: TokenizerConfig | None = None
     chat_template: str | None = None
     adapter: AdapterSettings | None = None
+    tensors: Literal["intersection", "union"] | None = None
 
     @property
     def method(self) -> Method:
@@ -160,6 +163,8 @@ class MergeConfig(Strict):
         named = self.modules or self.towers
         if named is not None:
             return dict(named.items())
+        if (self.models is None) == (self.slices is None):
+            return {None: OutputModule.model_construct(models=self.models, slices=self.slices)}  # refused elsewhere
         return {None: OutputModule(models=self.models, slices=self.slices)}
 
     def method_of(self, part: OutputModule) -> Method:
@@ -182,7 +187,7 @@ class MergeConfig(Strict):
         given = [key for key in ("models", "slices", "modules", "towers") if getattr(self, key) is not None]
         if len(given) != 1:
             both = f", not {' and '.join(given)}" if given else ""
-            raise ValueError(f"give one of `models`, `slices`, `modules` and `towers`{both}")
+            problems.append(f"give one of `models`, `slices`, `modules` and `towers`{both}")
         if self.towers is not None and self.base_model is None:
             problems.append("towers: need a base_model (the model whose towers they are, and that all else comes from)")
         if self.tokenizer_source is not None and self.tokenizer is not None:

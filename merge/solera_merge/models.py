@@ -11,7 +11,8 @@ from solera_core.checkpoint import Checkpoint
 from solera_core.context import Context
 from solera_core.errors import InputError
 from solera_core.hub import split_adapter
-from solera_core.raw import is_weight_file, open_values
+from solera_core.raw import is_weight_file, open_tokenizer, open_values
+from solera_core.strict import did_you_mean
 from solera_core.towers import Tower, find_tower, stacks_of, tower_config, towers_of
 from solera_merge.alignment import align, counterpart, fill
 from solera_merge.config import MergeConfig, OutputModule
@@ -61,6 +62,7 @@ class Models:
             model itself.
         inputs: as opened, under their own names and with their own vocabularies.
         raw: they are files of weights without a config.
+        tokenizer: where the recipe's `tokenizer_source` is none of the models: what stands there, without its weights.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -70,10 +72,17 @@ class Models:
     fills: tuple[tuple[Tower, Tower] | None, ...]
     inputs: tuple[Checkpoint, ...]
     raw: bool = False
+    tokenizer: Checkpoint | None = None
+
+    def at(self, model: int) -> Checkpoint:
+        """A model by its number; behind the last one `tokenizer`."""
+        if self.tokenizer is not None and model == len(self.checkpoints):
+            return self.tokenizer
+        return self.checkpoints[model]
 
     def ref(self, model: int) -> str:
         """How the recipe calls a model."""
-        return self.checkpoints[model].ref
+        return self.at(model).ref
 
 
 def open_models(config: MergeConfig, ctx: Context, problems: Problems) -> Models:
@@ -103,7 +112,18 @@ def open_models(config: MergeConfig, ctx: Context, problems: Problems) -> Models
     if raw:
         towers, opened = tuple(towers_of(checkpoint.tensors) for checkpoint in checkpoints), tuple(checkpoints)
         return Models(opened, index, owner, towers, (None,) * len(opened), opened, raw=True)
-    return _named_alike(config, checkpoints, index, owner, problems)
+    named = _named_alike(config, checkpoints, index, owner, problems)
+    wanted = config.wanted_tokenizer
+    if wanted is None or wanted.source in ("base", "union", *references):
+        return named
+    where = "tokenizer_source" if config.tokenizer is None else "tokenizer.source"
+    try:
+        tokenizer = open_tokenizer(wanted.source, ctx)
+    except InputError as e:
+        hint = did_you_mean(wanted.source, ["union", "base", *references])
+        problems.config(f"{where}: {wanted.source!r} is none of the models of this merge{hint}, and {e}")
+        return named
+    return replace(named, tokenizer=tokenizer)
 
 
 def compare(models: Models, *, whole: bool, tokenizers: bool) -> list[str]:
@@ -222,6 +242,10 @@ def _tower_sources(config: MergeConfig) -> list[tuple[str, str]]:
 def _are_files(references: Sequence[str], config: MergeConfig, ctx: Context, problems: Problems) -> bool:
     """Whether the models are files of weights; notes what is impossible then."""
     files = [ref for ref in references if is_weight_file(ref, ctx)]
+    if not files and config.tensors is not None:
+        problems.config(
+            f"tensors: {config.tensors} is for files of weights; models of one architecture have the same tensors"
+        )
     if not files:
         return False
     if others := [ref for ref in references if ref not in files]:

@@ -32,7 +32,7 @@ from solera_merge.memory import default_memory_bytes
 from solera_merge.methods.catalogue import METHODS
 from solera_merge.models import Models, compare, family_of, open_models
 from solera_merge.problems import Problems
-from solera_merge.resolve import check_filters, resolve
+from solera_merge.resolve import check_filters, long_gradients, resolve
 from solera_merge.runs import parts_of
 from solera_merge.targets import Target, find_targets
 from solera_merge.tokenizer.align import Alignment, align_vocabularies
@@ -87,6 +87,8 @@ class TensorPlan:
         experts: how many tensors this is, along its first axis: fused experts are merged one by one.
         mergekit: the number format in which mergekit's own method computes it (`solera_merge.compat`); None: the method
             of the catalogue does, in float32.
+        scratch: memory that reading all its sources takes besides what is read (dequantising): (bytes an element of a
+            block, bytes in any case).
     """
 
     name: str
@@ -99,6 +101,7 @@ class TensorPlan:
     keys: tuple[int, ...]
     experts: int = 1
     mergekit: str | None = None
+    scratch: tuple[int, int] = (0, 0)
 
     @property
     def spec(self) -> TensorSpec:
@@ -194,12 +197,13 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
             beside = files_of(alignment, config)
     models = alignment.models
     warnings += [*alignment.warnings, *beside.warnings]
-    targets, notes = find_targets(parts, models, problems)
+    targets, notes = find_targets(parts, models, problems, config.tensors)
     warnings += notes
     _check_shapes(targets, models, problems, vocabularies=aligned)
     resolved: list[dict[str, Any]] = []
     with problems.collected():
         resolved = resolve(config, targets, models) if sound else []
+    warnings += long_gradients(config, targets)
     problems.raise_any()
     tensors = _tensor_plans(config, targets, resolved, models, ctx.seed, problems)
     if ctx.compat is not None:
@@ -212,7 +216,7 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     warnings += notes
     warnings += with_vocabulary(content, alignment)
     _check_vocabulary(tensors, content, models)
-    if not models.raw and not has_tokenizer(owner := models.checkpoints[alignment.donor]):
+    if not models.raw and not has_tokenizer(owner := models.at(alignment.donor)):
         warnings.append(f"{owner.path}: has no tokenizer, and no other model here has one: the output will have none")
     warnings += concerns([read_licence(c.ref, d) for c in models.checkpoints for d in c.directories])
     if config.parameters.get("int8_mask"):
@@ -254,6 +258,20 @@ def describe(plan: MergePlan, config: MergeConfig, models: Models, ctx: Context)
         }
         for i, c in enumerate(models.checkpoints)
     ]
+    if (tokenizer := models.tokenizer) is not None:
+        files = [file for file in tokenizer.sidecars if file.exists()]
+        reads.append(
+            {
+                "what": tokenizer.ref,
+                "licence": read_licence(tokenizer.ref, tokenizer.path).label,
+                "path": str(tokenizer.path),
+                "revision": tokenizer.revision,
+                "bytes": sum(file.stat().st_size for file in files),
+                "download_bytes": 0,
+                "tensors": 0,
+                "read as": "its tokenizer only",
+            }
+        )
     writes: list[Mapping[str, Any]] = [{"what": s.file, "bytes": s.nbytes} for s in layout(plan.specs)]
     writes += [{"what": f.name, "bytes": f.stat().st_size} for f in plan.sidecars]
     writes += [{"what": name, "bytes": len(content)} for name, content in plan.files.items()]
@@ -294,7 +312,8 @@ def tensor_bytes(tensor: TensorPlan, *, device: str = "cpu") -> int:
     item_bytes = _SVD_BYTES if unit == "matrices" else 4
     held = 0 if tensor.method == COPY else METHODS[tensor.method].held(shape, tensor.parameters)
     blocks = (len(tensor.sources) * 2 + _TEMPORARIES) * block * item_bytes
-    return blocks + len(tensor.models) * _SELECTION_BYTES + held
+    each, once = tensor.scratch
+    return blocks + len(tensor.models) * _SELECTION_BYTES + held + each * block + once
 
 
 def _block_elements(method: str, device: str) -> int:
@@ -433,7 +452,11 @@ def _tensor_plans(
         method = target.run.method.name
         keys = tuple(key(seed, target.name, models.ref(s.model)) for s in others)
         experts = fused_experts(target.name, shape, content)
-        plans.append(TensorPlan(target.name, dtype, shape, method, base, others, parameters, keys, experts))
+        each, once = zip(*(models.checkpoints[s.model].scratch(s.name) for s in sources), strict=True)
+        scratch = sum(each), sum(once)
+        plans.append(
+            TensorPlan(target.name, dtype, shape, method, base, others, parameters, keys, experts, scratch=scratch)
+        )
     return plans
 
 

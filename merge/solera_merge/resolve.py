@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from solera_core.errors import ConfigError
 from solera_core.strict import did_you_mean
 from solera_merge.config import MergeConfig
 from solera_merge.methods.catalogue import Method
@@ -10,10 +11,10 @@ from solera_merge.methods.signature import REQUIRED, Parameter
 from solera_merge.models import Models
 from solera_merge.problems import Problems, some
 from solera_merge.scope import SHARED_OVER_MODEL
-from solera_merge.settings import evaluate, filters_of
+from solera_merge.settings import evaluate, filters_of, gradients_of
 from solera_merge.targets import Target
 
-__all__ = ["check_filters", "resolve"]
+__all__ = ["check_filters", "long_gradients", "resolve"]
 
 
 def resolve(config: MergeConfig, targets: Sequence[Target], models: Models) -> list[dict[str, Any]]:
@@ -67,7 +68,10 @@ def resolve(config: MergeConfig, targets: Sequence[Target], models: Models) -> l
 def _lookup(parameter: Parameter, levels: Iterable[Mapping[str, Any]], tensor: str, t: float) -> Any:
     for level in levels:
         if parameter.name in level:
-            value = evaluate(level[parameter.name], parameter, tensor, t)
+            try:
+                value = evaluate(level[parameter.name], parameter, tensor, t)
+            except ValueError as e:
+                raise ConfigError(f"parameters.{parameter.name}: {e} (for {tensor!r})") from e
             if value is not None:
                 return value
     return parameter.default
@@ -94,6 +98,24 @@ def check_filters(config: MergeConfig, names: Collection[str], problems: Problem
                     problems.config(
                         f"parameters.{parameter}: filter {wanted!r} matches no tensor{did_you_mean(wanted, parts)}"
                     )
+
+
+def long_gradients(config: MergeConfig, targets: Sequence[Target]) -> list[str]:
+    """Warnings about gradients with more values than there are layers: some of the values are that of none."""
+    places: dict[int, set[float]] = {}
+    levels: dict[int, Mapping[str, Any]] = {}
+    for target in targets:
+        for level in (config.parameters, *target.run.levels, *(s.parameters for s in target.run.sources)):
+            levels[id(level)] = level
+            places.setdefault(id(level), set()).add(target.t)
+    return [
+        f"parameters.{name}: the gradient {list(gradient)} has {len(gradient)} values for {len(places[key])} layers: "
+        "it is read at the layers' places, and values between them are passed over"
+        for key, level in levels.items()
+        for name, setting in level.items()
+        for gradient in gradients_of(setting)
+        if len(gradient) > len(places[key])
+    ]
 
 
 def _check_weights(

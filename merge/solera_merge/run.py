@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solera_core.context import Context
-from solera_core.output import check_output, check_weights, input_record, write_metadata, write_provenance
+from solera_core.output import (
+    check_output,
+    check_weights,
+    input_record,
+    tokenizer_record,
+    write_metadata,
+    write_provenance,
+)
 from solera_core.plan import Plan
 from solera_core.reload_check import ReloadCheck
 from solera_core.staging import check_apart, check_target, require_disk, staged
@@ -77,7 +84,8 @@ def merge(config: MergeConfig, out: Path, ctx: Context, *, record: Record | None
         return merge_adapters(config, out, ctx, record=record)
     check_target(out, overwrite=ctx.overwrite)
     plan, models = make_plan(config, ctx)
-    check_apart(out, [directory for checkpoint in models.checkpoints for directory in checkpoint.directories])
+    read = [*models.checkpoints, *([] if models.tokenizer is None else [models.tokenizer])]
+    check_apart(out, [directory for checkpoint in read for directory in checkpoint.directories])
     for warning in plan.warnings:
         ctx.progress.note(warning)
     require_memory(plan.tensors, ctx)
@@ -101,6 +109,7 @@ def merge(config: MergeConfig, out: Path, ctx: Context, *, record: Record | None
             device=_device(plan, ctx),
         )
         inputs = [input_record(checkpoint, attest=ctx.attest) for checkpoint in models.inputs]
+        inputs += [] if models.tokenizer is None else [tokenizer_record(models.tokenizer)]
         for checkpoint in models.inputs:
             checkpoint.require_unchanged()
         digests = writer.finish()

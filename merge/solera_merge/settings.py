@@ -9,6 +9,7 @@
 Tensors outside the layers (embeddings, final norm, head) take the first value of a gradient, as in mergekit.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeAlias
 
@@ -17,7 +18,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 from solera_core.strict import did_you_mean
 from solera_merge.methods.signature import Parameter
 
-__all__ = ["Setting", "evaluate", "filters_of", "scalars_of"]
+__all__ = ["Setting", "evaluate", "filters_of", "gradients_of", "scalars_of"]
 
 Scalar: TypeAlias = bool | int | float | str
 
@@ -86,12 +87,12 @@ def evaluate(setting: Any, parameter: Parameter, tensor: str, t: float) -> Any:
 
     Args:
         setting: as `Setting`.
-        parameter: gives the type; floats are interpolated, all else takes the entry at or before `t`.
+        parameter: gives the type; numbers are interpolated, all else takes the entry at or before `t`.
         tensor: name of the tensor.
         t: place of the layer within its slice, 0 to 1.
 
     Raises:
-        ValueError: the value does not fit the parameter.
+        ValueError: the value does not fit the parameter; between two whole numbers lies none where one is needed.
     """
     for value in _choices(setting, tensor):
         if not isinstance(value, Sequence) or isinstance(value, str):
@@ -99,11 +100,18 @@ def evaluate(setting: Any, parameter: Parameter, tensor: str, t: float) -> Any:
         values = [parameter.validate(v) for v in value]
         place = t * (len(values) - 1)
         left = int(place)
-        if parameter.kind is not float:
+        if parameter.kind not in (float, int):
             return values[left]
         right = min(left + 1, len(values) - 1)
         share = place - left
-        return parameter.validate((1 - share) * values[left] + share * values[right])
+        between = (1 - share) * values[left] + share * values[right]
+        if parameter.kind is int:
+            if not math.isclose(between, round(between), abs_tol=1e-9):
+                raise ValueError(
+                    f"a gradient from {values[left]} to {values[right]} gives {between:g}, no whole number"
+                )
+            between = round(between)
+        return parameter.validate(between)
     return None
 
 
@@ -114,6 +122,14 @@ def scalars_of(setting: Any) -> Iterator[Any]:
         if isinstance(value, Sequence) and not isinstance(value, str):
             yield from value
         else:
+            yield value
+
+
+def gradients_of(setting: Any) -> Iterator[Sequence[Any]]:
+    """Every gradient that is written in a setting."""
+    for entry in _entries(setting):
+        value = entry["value"] if isinstance(entry, Mapping) else entry
+        if isinstance(value, Sequence) and not isinstance(value, str):
             yield value
 
 

@@ -5,8 +5,9 @@ the layers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from solera_core.architecture import is_embedding, is_head, text_config
 from solera_core.checkpoint import TensorInfo
@@ -51,14 +52,18 @@ class _Expansion:
     problems: Problems
     missing: dict[tuple[Path, Path], list[str]] = field(default_factory=dict[tuple[Path, Path], list[str]])
     derived: list[str] = field(default_factory=list[str])
+    wanted: Literal["intersection", "union"] | None = None
+    left_out: list[str] = field(default_factory=list[str])
+    fewer: list[str] = field(default_factory=list[str])
 
     def tensors(self, source: Source) -> Mapping[str, TensorInfo]:
         return self.models.checkpoints[source.model].tensors
 
-    def everywhere(self, run: Run, names: Sequence[Sequence[str]]) -> Iterator[tuple[str, ...]]:
+    def everywhere(self, run: Run, names: Sequence[Sequence[str]]) -> Iterator[tuple[Run, tuple[str, ...]]]:
         """Tensors that correspond across the sources of a run, `names[i]` being the i-th source's names for them.
 
-        Yields those that every source has; notes for the others which model has them and which has not.
+        Yields those that every source has, with the run; of the others those that the recipe wants merged from fewer
+        sources, with a run of these. Notes which model has what is left and which has not.
         """
         for row in zip(*names, strict=True):
             have = [name in self.tensors(s) for s, name in zip(run.sources, row, strict=True)]
@@ -67,7 +72,14 @@ class _Expansion:
                 self.derived.append(row[haver])
                 continue
             if all(have):
-                yield row
+                yield run, row
+                continue
+            if self.wanted == "intersection":
+                self.left_out.append(row[haver])
+                continue
+            if self.wanted == "union" and (less := _of_fewer(run, have)) is not None:
+                self.fewer.append(row[haver])
+                yield less, tuple(name for name, there in zip(row, have, strict=True) if there)
                 continue
             for source, name, there in zip(run.sources, row, have, strict=True):
                 if not there:
@@ -91,7 +103,20 @@ class _Expansion:
             )
 
 
-def find_targets(parts: Sequence[Part], models: Models, problems: Problems) -> tuple[list[Target], list[str]]:
+def _of_fewer(run: Run, have: Sequence[bool]) -> Run | None:
+    """A run of the sources that have a tensor; None where its base is not among them, or the method needs more."""
+    sources = tuple(source for source, there in zip(run.sources, have, strict=True) if there)
+    others = [source for source in sources if source.model != run.base]
+    based = run.base is None or len(others) < len(sources)
+    return replace(run, sources=sources) if based and len(others) >= max(run.method.fewest_models, 1) else None
+
+
+def find_targets(
+    parts: Sequence[Part],
+    models: Models,
+    problems: Problems,
+    wanted: Literal["intersection", "union"] | None = None,
+) -> tuple[list[Target], list[str]]:
     """Every output tensor in the order of the output, and warnings.
 
     Tensors that some models of a run have and others lack are noted as problems, all of them, and left out.
@@ -101,8 +126,9 @@ def find_targets(parts: Sequence[Part], models: Models, problems: Problems) -> t
             first run and those behind them from its last.
         models: as opened.
         problems: where they are noted.
+        wanted: what is done instead, where the models are files of weights.
     """
-    expansion = _Expansion(models, problems)
+    expansion = _Expansion(models, problems, wanted=wanted if models.raw else None)
     targets: list[Target] = []
     for part in parts:
         targets += _whole(part, expansion) if part.whole else _stacked(part, expansion)
@@ -111,6 +137,10 @@ def find_targets(parts: Sequence[Part], models: Models, problems: Problems) -> t
     if expansion.derived:
         names = list(dict.fromkeys(expansion.derived))
         warnings.append(f"{some(names, 1)}: left out, because transformers computes it from the config")
+    if expansion.left_out:
+        warnings.append(f"{some(expansion.left_out)}: not in all files, and left out (`tensors: intersection`)")
+    if expansion.fewer:
+        warnings.append(f"{some(expansion.fewer)}: merged from the files that have it (`tensors: union`)")
     return targets, warnings
 
 
@@ -123,9 +153,9 @@ def _whole(part: Part, expansion: _Expansion) -> Iterator[Target]:
     names = list(dict.fromkeys(name for source in run.sources for name in expansion.names(source, part.tower)))
     stacks = stacks_of(names)
     counted = stacks | _counted(expansion.models)
-    for row in expansion.everywhere(run, [names] * len(run.sources)):
+    for made, row in expansion.everywhere(run, [names] * len(run.sources)):
         place = _place(row[0], stacks)
-        yield Target(row[0], run, row, 0.0 if place is None else _t(place[1], counted[place[0]]))
+        yield Target(row[0], made, row, 0.0 if place is None else _t(place[1], counted[place[0]]))
 
 
 def _stacked(part: Part, expansion: _Expansion) -> Iterator[Target]:
@@ -146,7 +176,7 @@ def _stacked(part: Part, expansion: _Expansion) -> Iterator[Target]:
                 absent = expansion.models.checkpoints[run.sources[0].model].path
                 expansion.problems.checkpoint(f"{absent}: has no tensors of layer {places[0].rstrip('.')}")
             names = [[place + suffix for suffix in suffixes] for place in places]
-            for row in expansion.everywhere(run, names):
+            for _, row in expansion.everywhere(run, names):
                 suffix = row[0].removeprefix(places[0])
                 yield Target(f"{stack}.{position + layer}.{suffix}", run, row, _t(layer, run.length))
         position += run.length
@@ -156,7 +186,7 @@ def _stacked(part: Part, expansion: _Expansion) -> Iterator[Target]:
 def _outside(part: Part, run: Run, stack: str, expansion: _Expansion, *, before: bool) -> Iterator[Target]:
     found = dict.fromkeys(name for s in run.sources for name in expansion.names(s, part.tower))
     chosen = [name for name in found if not name.startswith(f"{stack}.") and lies_before(name) == before]
-    for row in expansion.everywhere(run, [chosen] * len(run.sources)):
+    for _, row in expansion.everywhere(run, [chosen] * len(run.sources)):
         yield Target(row[0], run, row, 0.0)
 
 

@@ -364,6 +364,63 @@ def test_rows_read_by_themselves_in_chunks_and_from_pickles(
     check(open_checkpoint(tmp_path, Context(allow_pickle=True), dequantise=True), "a.weight", whole)
 
 
+LARGE: dict[str, Callable[[], tuple[Tensors, str, dict[str, Any]]]] = {
+    "fp8, blocks": lambda: (
+        {"a.weight": f8(256, 4096), "a.weight_scale_inv": scale(2, 32)},
+        "fp8",
+        {"weight_block_size": [128, 128]},
+    ),
+    "fp8, long rows": lambda: ({"a.weight": f8(32, 28672), "a.weight_scale_inv": scale(32, 1)}, "fp8", {}),
+    "gptq": lambda: (
+        {
+            "a.qweight": words(ints(0, 16, 512, 4096), 4, axis=1).T,
+            "a.qzeros": words(ints(1, 16, 32, 512), 4, axis=1),
+            "a.scales": scale(32, 512, dtype=torch.float16),
+            "a.g_idx": torch.from_numpy((RNG.permutation(4096) // 128).astype(np.int32)),
+        },
+        "gptq",
+        {"bits": 4, "group_size": 128, "desc_act": True},
+    ),
+    "packed integers": lambda: (
+        {
+            "a.weight_packed": words(ints(0, 16, 256, 4096), 4, axis=1),
+            "a.weight_scale": scale(256, 32),
+            "a.weight_shape": torch.tensor([256, 4096]),
+            "a.weight_zero_point": words(ints(0, 16, 256, 32), 4, axis=0),
+        },
+        "compressed-tensors",
+        {"format": "pack-quantized", "config_groups": {"g": {"weights": {"num_bits": 4, "type": "int"}}}},
+    ),
+    "mxfp4": lambda: (
+        {
+            "a.experts.down_proj_blocks": torch.from_numpy(ints(0, 256, 2, 512, 64, 16).astype(np.uint8)),
+            "a.experts.down_proj_scales": powers(2, 512, 64),
+        },
+        "mxfp4",
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_reading_takes_no_more_memory_than_it_says(opened: Open, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A block of a merge, and the whole: what `--memory` counts."""
+    import tracemalloc
+
+    monkeypatch.undo()  # strips as they are
+    tensors, method, settings = LARGE[kind]()
+    model = opened(tensors, method, **settings)
+    [name] = model.tensors
+    each, once = model.scratch(name)
+    model.read_flat(name, 0, 10)  # tables are made, modules imported
+    for size in (1 << 17, model.tensors[name].size):
+        tracemalloc.start()
+        values = model.read_flat(name, 77, size)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert 0 < peak - values.nbytes <= each * size + once
+
+
 # what the view says
 
 

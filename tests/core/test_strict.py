@@ -66,7 +66,7 @@ def test_wrong_input_is_named(data: dict[str, Any], message: str) -> None:
 def test_every_problem_is_listed_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse(Outer, {"merge_method": "tise", "paramters": 1, "step-size": "a"}, where="r.yml")
-    assert len(str(caught.value).splitlines()) == 3
+    assert len(str(caught.value).splitlines()) == 4  # `parameters` was meant, and cannot be 1
 
 
 @pytest.mark.parametrize("data", [None, [], "x", 3])
@@ -190,11 +190,42 @@ def test_an_unknown_key_does_not_hide_what_is_wrong_with_the_whole() -> None:
                 raise ValueError("low: is above high")
             return self
 
-    data = {"low": 5, "hihg": 9}
+    data = {"low": 5, "colour": 9}
     with pytest.raises(ConfigError) as caught:
         parse(Whole, data, where="r.yml")
     assert str(caught.value).splitlines() == [
-        "r.yml: hihg: unknown key (did you mean 'high'?)",
+        "r.yml: colour: unknown key (known: high, low)",
         "r.yml: low: is above high",
     ]
-    assert data == {"low": 5, "hihg": 9}
+    assert data == {"low": 5, "colour": 9}
+
+
+def test_what_is_wrong_in_one_place_does_not_hide_what_is_wrong_elsewhere() -> None:
+    """An empty list, a value of the wrong kind and a misspelt key each keep pydantic from looking at the whole."""
+    from solera_merge.config import MergeConfig
+
+    def problems(**content: object) -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            parse(MergeConfig, {"merge_method": "ties", **content}, where="r")
+        return [line.removeprefix("r: ")[:45] for line in str(caught.value).splitlines()]
+
+    assert problems(models=[], parameters={"densty": 1, "weight": "x"}) == [
+        "models: list should have at least 1 item afte",
+        "parameters.densty: ties has no such parameter",
+        "parameters.weight: `weight`: input should be ",
+    ]
+    models = [{"model": "a", "parameters": {"densty": 1}}, {"modl": "b", "parameters": {"gama": 1}}]
+    assert problems(models=models, dtype="float8", tokenizer_source="base") == [
+        "models.1.modl: unknown key (did you mean 'mod",
+        "models.1.model: field required",
+        "dtype: input should be 'float32', 'float16' o",
+        "tokenizer_source: `base` needs a base_model",
+        "models.0.parameters.densty: ties has no such ",
+        "models.1.parameters.gama: ties has no such pa",
+    ]
+    slices = [{"sources": []}, {"sources": [{"model": "a", "layer_range": [3, 1], "parameters": {"zz": 1}}]}]
+    assert problems(slices=slices, parameters={"normalise": True}) == [
+        "slices.0.sources: list should have at least 1",
+        "slices.1.sources.0.layer_range: layer_range [",
+        "parameters.normalise: ties has no such parame",
+    ]

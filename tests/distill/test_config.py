@@ -6,8 +6,8 @@ import pytest
 
 from solera_core.errors import ConfigError
 from solera_core.strict import parse
+from solera_core.tokens import parse_tokens
 from solera_distill.config import DistillConfig, InitConfig, TuneConfig
-from solera_distill.tokens import parse_tokens
 
 TUNE: dict[str, Any] = {"model": "base", "data": "a.jsonl", "tokens": "2M"}
 DISTILL: dict[str, Any] = {"teachers": [{"model": "t"}], "student": {"from": "s"}, "data": "a.jsonl", "tokens": 1000}

@@ -80,7 +80,7 @@ class Family:
         cls: class of transformers.
         model_type: of its config.
         settings: of its config, beyond the common ones.
-        inputs: `text`, `seq2seq`, `image`, `clip`, `sound`, `image+text`.
+        inputs: `text`, `seq2seq`, `image`, `clip`, `sound`, `image+text`, `patches` (of an image, and text).
         deeper: tower whose layers are stacked (None: the model has one), and the layer ranges that make it deeper.
     """
 
@@ -142,6 +142,12 @@ class Family:
             case "image+text":
                 given = {"input_ids": ids.clone(), "pixel_values": pixels}
                 given["input_ids"][0, 2:6] = IMAGE
+            case "patches":  # an image of 4 x 4 patches, each as long as two frames of 4 x 4 pixels; 4 go to a token
+                given["pixel_values"] = torch.randn(16, 96, generator=generator)
+                given["image_grid_thw"] = torch.tensor([[1, 4, 4]])
+                given["input_ids"][0, 2] = _QWEN_TOKENS["vision_start_token_id"]
+                given["input_ids"][0, 3:7] = IMAGE
+                given["mm_token_type_ids"] = (given["input_ids"] == IMAGE).int()
         with torch.no_grad():
             result = model(**given)
         for name in ("logits", "logits_per_text", "last_hidden_state"):
@@ -354,6 +360,7 @@ FAMILIES: dict[str, Family] = {
             },
             **_QWEN_TOKENS,
         },
+        inputs="patches",
         deeper=("vision_tower", [[0, 3], [1, 3]]),
     ),
     "qwen3_vl": Family(
@@ -373,6 +380,7 @@ FAMILIES: dict[str, Family] = {
             },
             **_QWEN_TOKENS,
         },
+        inputs="patches",
         deeper=("language", [[0, 2], [1, 2]]),
     ),
     "mistral3": Family(

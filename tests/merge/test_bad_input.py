@@ -312,11 +312,17 @@ def test_layers_of_different_sizes_cannot_be_stacked(
             TASK | {"models": [{"model": "base", "parameters": {"weight": 0.5}}, "a"]},
             "models.0.parameters: 'weight' has no effect on the base",
         ),
-        (LINEAR | {"models": ["a", "b"], "tokenizer_source": "c"}, "tokenizer_source: 'c' is none of the models"),
+        (LINEAR | {"models": ["a", "b"], "tokenizer_source": "d"}, "tokenizer_source: 'd' is none of the models"),
     ],
 )
 def test_recipes_that_make_no_sense(refused: Refused, content: dict[str, Any], words: str) -> None:
     assert words in refused(ConfigError, **content)
+
+
+def test_a_gradient_between_whole_numbers(refused: Refused, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    models = [str(make_model(tmp_path / name, num_hidden_layers=3, seed=i)) for i, name in enumerate("xy")]
+    error = refused(ConfigError, merge_method="karcher", models=models, parameters={"max_iter": [1, 2]})
+    assert "parameters.max_iter: a gradient from 1 to 2 gives 1.5, no whole number (for 'model.layers.1." in error
 
 
 def test_the_same_model_by_another_name(refused: Refused, siblings: Siblings, tmp_path: Path) -> None:

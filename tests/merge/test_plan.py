@@ -31,6 +31,22 @@ def deep(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Pat
     return {"p": p, "q": q}
 
 
+def test_a_gradient_with_more_values_than_layers_is_pointed_out(recipe: Recipe, deep: Siblings) -> None:
+    """As many as layers, or fewer, are right; of more, some count nowhere, which mergekit does not say either."""
+
+    def told(weight: Any, **content: Any) -> list[str]:
+        content = content or {"models": [{"model": "p", "parameters": {"weight": weight}}, "q"]}
+        warnings = planned(recipe(merge_method="linear", parameters={"weight": 1}, **content), deep).warnings
+        return [warning for warning in warnings if "gradient" in warning]
+
+    assert told([0, 1]) == told([0, 1, 2, 3]) == told([{"filter": "mlp", "value": [0, 1, 1, 1]}, {"value": 1}]) == []
+    [warning] = told([{"filter": "mlp", "value": [0, 1, 2, 3, 4]}, {"value": 1}])
+    assert "parameters.weight: the gradient [0, 1, 2, 3, 4] has 5 values for 4 layers" in warning
+    source = {"model": "p", "layer_range": [0, 2], "parameters": {"weight": [1, 5, 1]}}
+    [warning] = told(None, slices=[{"sources": [source, {"model": "q", "layer_range": [0, 2]}]}])
+    assert "3 values for 2 layers" in warning
+
+
 def rows(plan: Plan) -> dict[str, Mapping[str, Any]]:
     return {row["tensor"]: row for row in plan.rows}
 

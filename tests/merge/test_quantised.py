@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
-from solera_core.errors import CheckpointError
+from solera_core.errors import CheckpointError, ResourceError
 from solera_core.provenance import verify
 from solera_core.strict import parse
 from solera_merge.config import MergeConfig
+from solera_merge.plan import make_plan, tensor_bytes
 from solera_merge.run import merge, plan_merge
 from tests import loopback_hub
 
@@ -168,22 +169,49 @@ def test_gpt_oss(recipe: Recipe, make_model: MakeModel, tmp_path: Path) -> None:
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
-def test_an_adapter_on_a_quantised_base(recipe: Recipe, models: Siblings, tmp_path: Path) -> None:
-    """QLoRA: the adapter is added to the values that the codes stand for."""
+def lora(directory: Path, base: Path) -> torch.Tensor:
+    """An adapter for the first query projection; its update [out, in]."""
     name, rank = "model.layers.0.self_attn.q_proj", 2
     generator = torch.Generator().manual_seed(0)
-    columns = json.loads((models["base"] / "config.json").read_text())["hidden_size"]
+    columns = json.loads((base / "config.json").read_text())["hidden_size"]
     left = torch.randn(columns, rank, generator=generator)
     right = torch.randn(rank, columns, generator=generator)
-    (tmp_path / "lora").mkdir()
+    directory.mkdir()
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"]}
-    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
     factors = {f"base_model.model.{name}.lora_A.weight": right, f"base_model.model.{name}.lora_B.weight": left}
-    save_file(factors, tmp_path / "lora" / "adapter_model.safetensors")
+    save_file(factors, directory / "adapter_model.safetensors")
+    return left @ right
+
+
+def test_an_adapter_on_a_quantised_base(recipe: Recipe, models: Siblings, tmp_path: Path) -> None:
+    """QLoRA: the adapter is added to the values that the codes stand for."""
+    update = lora(tmp_path / "lora", models["base"])
+    name = "model.layers.0.self_attn.q_proj.weight"
     config = recipe(merge_method="passthrough", models=["b4+lora"], dtype="float32")
     out = merge(config, tmp_path / "out", Context(models=models, base_dir=tmp_path))
-    expected = load_file(models["b32"] / "model.safetensors")[f"{name}.weight"] + left @ right
-    np.testing.assert_allclose(load_file(out / "model.safetensors")[f"{name}.weight"], expected, atol=1e-5)
+    expected = load_file(models["b32"] / "model.safetensors")[name] + update
+    np.testing.assert_allclose(load_file(out / "model.safetensors")[name], expected, atol=1e-5)
+
+
+def test_the_plan_counts_the_memory_of_dequantising(recipe: Recipe, models: Siblings, tmp_path: Path) -> None:
+    """Under an adapter too; and `--memory` refuses what does not fit with it."""
+    lora(tmp_path / "lora", models["base"])
+    models |= {"l": tmp_path / "lora"}
+    needs: dict[str, int] = {}
+    for ref in ("a32", "a8", "a32+l", "a8+l"):
+        config = recipe(merge_method="linear", models=[ref, "b"], parameters={"weight": 1}, dtype="float32")
+        plan, opened = make_plan(config, Context(models=models))
+        tensor = next(t for t in plan.tensors if t.name == "model.layers.0.self_attn.q_proj.weight")
+        assert tensor.scratch == opened.checkpoints[0].scratch(tensor.name)
+        needs[ref] = tensor_bytes(tensor)
+    assert needs["a8"] > needs["a32"] == needs["a32+l"]
+    assert needs["a8+l"] == needs["a8"]
+    config = recipe(merge_method="linear", models=["a8", "b"], parameters={"weight": 1})
+    plan, _ = make_plan(config, Context(models=models))
+    bound = max(tensor_bytes(tensor) for tensor in plan.tensors) - 1
+    with pytest.raises(ResourceError, match="needs"):
+        merge(config, tmp_path / "out", Context(models=models, memory_bytes=bound))
 
 
 def test_the_plan_says_what_is_dequantised(recipe: Recipe, models: Siblings) -> None:

@@ -43,16 +43,18 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_mergekit(recipe: dict[str, Any], out: Path) -> Tensors:
+def run_mergekit(recipe: dict[str, Any], out: Path, *, union: bool = False, intersection: bool = False) -> Tensors:
     out.mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what mergekit and its dependencies warn about is theirs
         from mergekit.graph import Executor
         from mergekit.options import MergeOptions
-        from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
+        from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, SimpleLoaderCache, plan_flat_merge
 
+        # It would give an earlier test's file of the same name.
+        SimpleLoaderCache._instance = None  # pyright: ignore[reportPrivateUsage]
         config = RawPyTorchMergeConfig.model_validate(recipe)
-        tasks: Any = plan_flat_merge(config, str(out), False, False, MergeOptions())
+        tasks: Any = plan_flat_merge(config, str(out), union, intersection, MergeOptions())
         cpu = torch.device("cpu")
         Executor(tasks, math_device=cpu, storage_device=cpu).execute()
     return load_file(out / "model.safetensors")
@@ -103,6 +105,45 @@ def test_as_mergekit_pytorch(recipe: Recipe, files: Path, name: str, monkeypatch
     assert verify(out) == []
     record = json.loads((out / "solera.json").read_text())
     assert record["checks"]["transformers"] == {"skipped": "there is no config.json"}
+
+
+@pytest.mark.parametrize("kind", ["intersection", "union"])
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
+def test_tensors_that_some_files_lack(
+    recipe: Recipe, files: Path, method: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files)
+    for name, gone in (("a", "out.bias"), ("b", "unet.mid.1.weight")):
+        tensors = load_file(f"{name}.safetensors")
+        del tensors[gone]
+        save_file(tensors, f"{name}.safetensors")
+    content = RECIPES[method] | {"models": RECIPES["linear"]["models"], "dtype": "float32"}
+    content.pop("out_dtype", None)
+    theirs = run_mergekit(content, files / "theirs", union=kind == "union", intersection=kind == "intersection")
+    config = recipe(**content, tensors=kind)
+    ours = load_file(merge(config, files / "out", Context()) / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert ("out.bias" in ours) == ("unet.mid.1.weight" in ours) == (kind == "union")
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-6, atol=1e-6)
+    [warning] = [w for w in plan_merge(config, Context()).warnings if f"`tensors: {kind}`" in w]
+    assert "out.bias" in warning
+    assert "unet.mid.1.weight" in warning
+
+
+def test_a_union_needs_its_base(recipe: Recipe, files: Path, siblings: dict[str, Path]) -> None:
+    """And as many others as the method; and files."""
+    tensors = load_file(files / "base.safetensors")
+    del tensors["out.bias"]
+    save_file(tensors, files / "base.safetensors")
+    for name in ("task_arithmetic", "slerp"):
+        content = RECIPES[name] | ({"base_model": "base.safetensors"} if name == "slerp" else {})
+        content["models"] = [{"model": "a.safetensors"}] if name == "slerp" else content["models"]
+        with pytest.raises(CheckpointError, match=r"base.safetensors: has no tensor 'out.bias'"):
+            merge(recipe(**content, tensors="union"), files / "out", Context(base_dir=files))
+    config = recipe(merge_method="linear", models=["a", "b"], parameters={"weight": 1}, tensors="union")
+    with pytest.raises(ConfigError, match="tensors: union is for files of weights"):
+        plan_merge(config, Context(models=siblings))
 
 
 def test_pickles_with_permission(recipe: Recipe, files: Path) -> None:

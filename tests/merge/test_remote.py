@@ -126,6 +126,41 @@ def test_a_merge_equals_that_of_local_models(
     assert records[0] == records[1]
 
 
+def test_vocabularies_of_models_on_the_hub_are_united(
+    hub: Hub, ask: Ask, siblings: Siblings, recipe: Callable[..., MergeConfig], tmp_path: Path
+) -> None:
+    """Planned from headers and small files; tokens, rows and bytes are those of local models."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    auto_model: Any = AutoModelForCausalLM
+    auto_tokenizer: Any = AutoTokenizer
+    folder = hub.folder / "tools"
+    shutil.copytree(siblings["b"], folder)
+    tokenizer = auto_tokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<tool>"], special_tokens=True)
+    model = auto_model.from_pretrained(folder, dtype="float32")
+    model.resize_token_embeddings(312, mean_resizing=False)
+    for saved in (tokenizer, model):
+        saved.save_pretrained(folder)
+    for wanted in ("union", "me/only"):  # the second one is not merged, and its weights are not asked for
+        shutil.copytree(folder, hub.folder / "only", dirs_exist_ok=True)
+        changes = {"tokenizer_source": wanted}
+        models = ("me/a", "me/base") if wanted == "me/only" else ("me/a", "me/tools")
+        answer = ask(PLAN, *models, **changes)
+        weights = hub.weights()
+        assert sum(asked.served for asked in weights) < 20_000
+        assert not any("only" in asked.path for asked in weights)
+        assert {row["what"] for row in answer["reads"]} == {*models, *(["me/only"] if wanted == "me/only" else [])}
+        ask(MERGE, *models, out=wanted.replace("/", "-"), **changes)
+        assert not any("only" in asked.path for asked in hub.weights())
+        local = Context(models={f"me/{p.name}": p for p in hub.folder.iterdir()})
+        here = merge(recipe(**LINEAR, models=list(models), **changes), tmp_path / f"here-{wanted[-4:]}", local)
+        there = tmp_path / wanted.replace("/", "-")
+        for file in ("model.safetensors", "tokenizer.json", "config.json"):
+            assert (there / file).read_bytes() == (here / file).read_bytes(), (wanted, file)
+        assert auto_tokenizer.from_pretrained(there).convert_tokens_to_ids("<tool>") == 300
+
+
 def test_the_second_merge_asks_for_no_weights(hub: Hub, ask: Ask, tmp_path: Path) -> None:
     ask(MERGE, "me/a", "me/b", out="first")
     assert hub.weights()

@@ -27,6 +27,15 @@ def test_truth_values_are_not_interpolated() -> None:
     assert [evaluate([True, False, True], NORMALIZE, "x", t) for t in (0, 0.49, 0.5, 1)] == [True, True, False, True]
 
 
+def test_whole_numbers_are_interpolated_where_one_lies_between() -> None:
+    """As in mergekit, whose own message names no parameter."""
+    steps = METHODS["karcher"].parameters["max_iter"]
+    assert [evaluate([1, 3], steps, "x", t) for t in (0, 0.5, 1)] == [1, 2, 3]
+    assert evaluate([2, 8], steps, "x", 1 / 3) == 4
+    with pytest.raises(ValueError, match=r"a gradient from 1 to 2 gives 1.5, no whole number"):
+        evaluate([1, 2], steps, "x", 0.5)
+
+
 def test_first_matching_filter_wins() -> None:
     setting = [{"filter": "mlp", "value": 1}, {"filter": "down", "value": 2}, {"value": [3, 4]}]
     assert evaluate(setting, WEIGHT, "layers.0.mlp.down_proj.weight", 0.5) == 1

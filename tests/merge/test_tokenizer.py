@@ -10,9 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from solera.rebuild import rebuild
+from solera.recipe import load_recipe
 from solera_core.context import Context
+from solera_core.errors import ConfigError
+from solera_core.provenance import read_provenance
 from solera_merge.config import MergeConfig
-from solera_merge.run import merge
+from solera_merge.run import merge, plan_merge
 
 Recipe = Callable[..., MergeConfig]
 Weights = Callable[[Path], dict[str, npt.NDArray[np.float32]]]
@@ -190,6 +194,91 @@ def test_vocabulary_and_rows_are_mergekits(both: Both, model: Model, kind: str, 
     require_equal_rows(mine, theirs, a, b)
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_tokenizer_of_no_model_of_the_merge(
+    both: Both, recipe: Recipe, model: Model, tmp_path: Path, kind: str
+) -> None:
+    """Any model or directory with a tokenizer: mergekit's vocabulary and rows; tokens that no model has get zeros."""
+    first, second, third = TOKENIZERS[kind]()
+    paths = [str(model(n, t, seed=i)) for i, (n, t) in enumerate((("base", first), ("b", second)))]
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    save(third, outside)
+    content: dict[str, Any] = {
+        "merge_method": "task_arithmetic",
+        "base_model": paths[0],
+        "models": [{"model": paths[1], "parameters": {"weight": 0.5}}],
+        "tokenizer_source": str(outside),
+        "dtype": "float32",
+    }
+    mine, theirs, a, b = both(**content)
+    assert mine == theirs == vocabulary(outside)
+    assert config_of(tmp_path / "ours")["vocab_size"] == len(mine)
+    require_equal_rows(mine, theirs, a, b)
+    new = [i for token, i in mine.items() if token not in {**vocabulary(Path(paths[0])), **vocabulary(Path(paths[1]))}]
+    assert new
+    assert not any(a[name][new].any() for name in TABLES)
+    plan = plan_merge(recipe(**content), Context())
+    assert any(
+        str(outside) == row["what"] and row["read as"] == "its tokenizer only" for row in plan.reads if "read as" in row
+    )
+    record = read_provenance(tmp_path / "ours")
+    assert [item["ref"] for item in record["inputs"]] == [*reversed(paths), str(outside)]
+    assert rebuild(tmp_path / "ours", Context()).problems == ()
+
+
+def test_such_a_tokenizer_keeps_the_owners_ids_of_other_files(
+    recipe: Recipe, model: Model, weights: Weights, tmp_path: Path
+) -> None:
+    """generation_config.json and config.json name the same tokens as before; padding is the named model's."""
+    a = model("a", byte_level(PROSE, 280, [("<end>", True)]), rows=300)
+    (a / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 280], "temperature": 0.7}))
+    other = model("other", byte_level(PROSE, 280, [("<x>", True), ("<end>", True)]), rows=296, seed=3)
+    for entry in ("model.safetensors", "generation_config.json"):
+        (other / entry).unlink()
+    content = linear(a, tokenizer_source=str(other), parameters={"normalize": False})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = merge(recipe(**content), tmp_path / "out", Context())
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [1, 281], "temperature": 0.7}
+    assert config_of(out)["vocab_size"] == 296
+    for name in TABLES:
+        mine, own = weights(out)[name], weights(a)[name]
+        np.testing.assert_allclose(mine[281], 0.2 * own[280], rtol=1e-6)
+        np.testing.assert_allclose(mine[282:], 0.2 * own[282:296], rtol=1e-6)  # padding of both: the model's own
+
+
+def test_a_stage_gives_its_tokenizer(model: Model, tmp_path: Path) -> None:
+    """A directory without a config, and the name of an earlier stage, which is made first."""
+    from solera.pipeline import run_recipe
+
+    a, b = (model(n, byte_level(PROSE, 280, t), seed=i) for i, (n, t) in enumerate((("a", []), ("b", [("<x>", True)]))))
+    (tmp_path / "only").mkdir()
+    save(byte_level(PROSE, 280, [("<y>", True)]), tmp_path / "only")
+    text = f"""
+solera: 1
+stages:
+  last: {{merge: {{merge_method: passthrough, models: [{{model: {a}}}], tokenizer_source: first}}}}
+  other: {{merge: {{merge_method: passthrough, models: [{{model: {a}}}], tokenizer: {{source: {tmp_path / "only"}}}}}}}
+  first: {{merge: {{merge_method: passthrough, models: [{{model: {b}}}]}}}}
+"""
+    (tmp_path / "recipe.yml").write_text(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_recipe(load_recipe(tmp_path / "recipe.yml"), tmp_path / "run", Context())
+    stages = tmp_path / "run" / "stages"
+    assert vocabulary(stages / "last") == vocabulary(b)
+    assert vocabulary(stages / "other") == vocabulary(tmp_path / "only")
+
+
+def test_a_tokenizer_source_that_leads_nowhere(recipe: Recipe, model: Model, tmp_path: Path) -> None:
+    a = model("a", byte_level(PROSE, 280))
+    (tmp_path / "empty").mkdir()
+    for source, words in ((str(tmp_path / "ab"), "did you mean"), (str(tmp_path / "empty"), "has no tokenizer")):
+        with pytest.raises(ConfigError, match=words):
+            merge(recipe(**linear(a, tokenizer_source=source)), tmp_path / "out", Context())
+
+
 def linear(*paths: Path, **content: Any) -> dict[str, Any]:
     """A recipe that weighs the models differently, so that no two of them can be confused."""
     weights = (0.2, 0.5, 0.3)
@@ -291,7 +380,9 @@ def test_padded_rows_stay(
             np.testing.assert_allclose(merged[rows], 0.2 * x[rows] + 0.5 * y[rows], rtol=1e-5, atol=1e-8)
 
 
-def test_tokens_beyond_the_rows_are_left_out(recipe: Recipe, model: Model, weights: Weights, tmp_path: Path) -> None:
+def test_tokens_beyond_the_rows_are_left_out(
+    recipe: Recipe, run_mergekit: Callable[..., None], model: Model, weights: Weights, tmp_path: Path
+) -> None:
     """A tokenizer may have more tokens than the model has rows. mergekit gives the table too many rows, or stops."""
     a = model("a", byte_level(PROSE, 280, [("<x>", True), ("<y>", True)]), rows=281)
     b = model("b", byte_level(PROSE, 280, [("<z>", True)]), rows=280, seed=1)
@@ -302,6 +393,8 @@ def test_tokens_beyond_the_rows_are_left_out(recipe: Recipe, model: Model, weigh
     assert found["<x>"] == 280
     assert weights(out)[TABLES[0]].shape == (281, 32)
     cut = merge(recipe(**linear(b, a, tokenizer_source=str(b))), tmp_path / "cut", ctx)
+    with pytest.raises(KeyError, match="280"):  # the id of `<z>`
+        run_mergekit(linear(a, b, tokenizer_source=str(b), base_model=str(a)), tmp_path / "theirs")
     assert len(vocabulary(cut)) == config_of(cut)["vocab_size"] == 280
     trained = byte_level(PROSE, 280)
     c = model("c", trained, rows=270, seed=2)  # pieces with their merge rules go, too

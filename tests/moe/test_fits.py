@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from solera_core.context import Context
 from solera_core.errors import CheckpointError, ConfigError, SoleraError
@@ -162,7 +162,11 @@ def test_every_fit_says_what_it_needs() -> None:
 
 
 def test_sums_come_back_bit_by_bit(tmp_path: Path) -> None:
-    layers = [RouterStatistics(*map(np.asarray, sums_of(*cloud(seed, (5, 7), 6), 2))) for seed in (0, 1)]
+    layers: list[RouterStatistics] = []
+    for seed in (0, 1):
+        x, labels = cloud(seed, (5, 7), 6)
+        gram, sums, counts = sums_of(x, labels, 2)
+        layers.append(RouterStatistics(gram, sums, counts))
     with StatisticsWriter(tmp_path, layers=2, width=6, experts=["a", "b"], about={"x": 1}) as writer:
         for layer in layers:
             writer.write(layer)
@@ -299,6 +303,21 @@ def test_too_little_unlabelled_text(
     with pytest.raises(SoleraError, match=r"router.unlabelled: \d+ tokens to fit on .*at least 32 are needed"):
         build_moe(config, tmp_path / "moe", Context())
     assert not (tmp_path / "moe").exists()
+
+
+def test_an_expert_with_the_base_s_networks_is_named(
+    tmp_path: Path, siblings: dict[str, Path], specialists: dict[str, Path], domain_text: dict[str, Path], build: Build
+) -> None:
+    shutil.copytree(siblings["base"], tmp_path / "same")
+    weights = load_file(tmp_path / "same" / "model.safetensors")
+    weights["lm_head.weight"] *= np.float32(1.01)  # other weights, but none that an expert gives
+    save_file(weights, tmp_path / "same" / "model.safetensors", metadata={"format": "pt"})
+    experts = {"letters": specialists["letters"], "same": tmp_path / "same"}
+    data = {"letters": domain_text["letters"], "same": domain_text["digits"]}
+    out = build(tmp_path / "moe", siblings["base"], experts, data=data, router={"temperature": 1})
+    said = [warning for warning in checks_of(out)["warnings"] if "adds nothing of its own" in warning]
+    assert len(said) == 1
+    assert "expert 'same'" in said[0]
 
 
 # --- adding an expert

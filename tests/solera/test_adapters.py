@@ -5,11 +5,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from solera.cli import main
+from solera_core.checkpoint import open_checkpoint
+from solera_core.context import Context
 from solera_core.strict import parse
+from solera_merge.adapters.extract import ExtractConfig, extract_lora
 from solera_merge.config import MergeConfig
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
@@ -62,8 +66,7 @@ def test_from_fine_tunes_to_one_adapter(
         assert json_of(capsys, "verify", tmp_path / "both", *extra)["whole"]
     assert json_of(capsys, "inspect", f"{base}+{tmp_path / 'both'}")["family"] == "llama"
 
-    code, out, _ = run(capsys, "verify", tmp_path / "a", "--rebuild", "-q")
-    assert code == 3
+    assert run(capsys, "verify", tmp_path / "a", "--rebuild", "-q")[0] == 0
     weights = tmp_path / "both" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -95,3 +98,49 @@ def test_every_option_is_listed() -> None:
     assert all(option in TEXT for option in options)
     assert all(f"`{method}`" in TEXT for method in METHODS_OF_UPDATES)
     assert all(name in TEXT for name in AdapterSettings.model_fields)
+
+
+def test_an_extraction_is_a_stage_like_any_other(siblings: dict[str, Path], tmp_path: Path) -> None:
+    """Planned before it is made, merged with a given adapter, laid over its base, cached, made again."""
+    from solera.pipeline import plan_run, run_recipe
+    from solera.rebuild import rebuild
+    from solera.recipe import load_recipe
+
+    ctx = Context()
+    low_rank = "rank: 4, embeddings: skip, modules_to_save: none"
+    given = tmp_path / "given"
+    settings = {"base_model": str(siblings["base"]), "model": str(siblings["b"]), "rank": 2}
+    settings |= {"embeddings": "skip", "modules_to_save": "none"}
+    extract_lora(parse(ExtractConfig, settings, where="given"), given, ctx)
+    text = f"""
+solera: 1
+stages:
+  out: {{merge: {{merge_method: passthrough, models: [{{model: "{siblings["base"]}+both"}}]}}}}
+  both:
+    merge:
+      merge_method: linear
+      adapter: {{}}
+      parameters: {{weight: 0.5}}
+      models: [{{model: lora}}, {{model: {given}}}]
+  lora: {{extract-lora: {{base_model: {siblings["base"]}, model: {siblings["a"]}, {low_rank}}}}}
+"""
+    (tmp_path / "recipe.yml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.yml")
+    planned = plan_run(recipe, tmp_path / "run", ctx)
+    assert [(p.name, p.kind, p.inputs) for p in planned] == [
+        ("lora", "extract-lora", ()),
+        ("both", "merge", ("lora",)),
+        ("out", "merge", ("both",)),
+    ]
+    assert not (tmp_path / "run").exists()
+    run_recipe(recipe, tmp_path / "run", ctx)
+    assert {p.status for p in plan_run(recipe, tmp_path / "run", ctx)} == {"cached"}
+    stages = tmp_path / "run" / "stages"
+    for name in ("lora", "both", "out"):
+        assert rebuild(stages / name, ctx).problems == ()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    base = open_checkpoint(siblings["base"], ctx).read(name)
+    parts = [
+        open_checkpoint(f"{siblings['base']}+{adapter}", ctx).read(name) - base for adapter in (stages / "lora", given)
+    ]
+    np.testing.assert_allclose(open_checkpoint(stages / "out", ctx).read(name), base + sum(parts) / 2, atol=1e-6)

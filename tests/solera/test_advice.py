@@ -87,10 +87,37 @@ def test_unrelated_models_get_no_recipe(family: Context, make_model: Callable[..
 
 
 def test_models_that_do_not_fit_are_told_why(family: Context, make_model: Callable[..., Path]) -> None:
-    make_model(family.base_dir / "larger", vocab_size=320)
+    make_model(family.base_dir / "larger", hidden_size=64)
     found = advice(family, "a", "larger")
-    assert any("vocabularies of 'a' and 'larger' have different sizes" in line for line in found.problems)
+    assert any("shapes differ" in line for line in found.problems)
     assert (found.recipes, found.measured) == ([], [])
+
+
+def test_a_tokenizer_is_suggested_where_vocabularies_differ(family: Context) -> None:
+    """More rows, or tokens that the others lack: the recipes say so, and run."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    auto_model: Any = AutoModelForCausalLM
+    auto_tokenizer: Any = AutoTokenizer
+    assert all("tokenizer" not in recipe.yaml for recipe in advice(family, "a", "b", base="base").recipes)
+    tokenizer = auto_tokenizer.from_pretrained(family.base_dir / "b")
+    tokenizer.add_tokens(["<tool>"], special_tokens=True)
+    tokenizer.save_pretrained(family.base_dir / "b")
+    found = advice(family, "a", "b", base="base")
+    assert any("the others' tokens are lost" in line for line in found.findings)
+    model = auto_model.from_pretrained(family.base_dir / "b", dtype="float32")
+    model.resize_token_embeddings(320, mean_resizing=False)
+    model.save_pretrained(family.base_dir / "b")
+    found = advice(family, "a", "b", base="base")
+    assert found.problems == []
+    assert any("cannot be merged without it" in line for line in found.findings)
+    assert any("share an ancestor" in line for line in found.findings)
+    assert [recipe.title for recipe in found.recipes] == ["task_arithmetic", "ties"]
+    for recipe in found.recipes:
+        out = merge(
+            parse(MergeConfig, yaml.safe_load(recipe.yaml), where="pasted"), family.base_dir / recipe.title, family
+        )
+        assert "<tool>" in auto_tokenizer.from_pretrained(out).get_vocab()
 
 
 def test_sparse_and_unequal_changes_are_pointed_out(family: Context) -> None:

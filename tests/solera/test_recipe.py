@@ -102,7 +102,7 @@ def test_the_schema_describes_the_shipped_recipes() -> None:
     assert whole["properties"]["stages"]["additionalProperties"]["oneOf"]
     known = {
         kind: set(whole["$defs"][kind]["properties"])
-        for kind in ("init", "tune", "merge", "moe", "route", "distill", "eval", "publish")
+        for kind in ("init", "tune", "merge", "extract-lora", "moe", "route", "distill", "eval", "publish")
     }
     for path in RECIPES.glob("*.yml"):
         for node in yaml.safe_load(path.read_text())["stages"].values():

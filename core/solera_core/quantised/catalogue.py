@@ -84,7 +84,7 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     seen: dict[str, str | Derived] = {}
     for name in checkpoint.tensors:
         if (weight := codes.get(name)) is not None:
-            seen[weight.name] = Derived(_info(checkpoint, weight, dtype), weight.read)
+            seen[weight.name] = Derived(_info(checkpoint, weight, dtype), weight.read, weight.scratch)
         elif name not in used:
             seen[name] = name
     return view(

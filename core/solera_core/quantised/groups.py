@@ -47,7 +47,8 @@ def grouped_weight(stored: Stored, strips: Strips, weight: Grouped, parts: tuple
     def rows(first: int, last: int) -> Float32:
         return strips.rows(weight.module, first, last, height, weight.out, decode)
 
-    return Weight(f"{weight.module}weight", (weight.out, weight.inputs), parts, by_rows(weight.inputs, rows))
+    read = by_rows(weight.inputs, rows)
+    return Weight(f"{weight.module}weight", (weight.out, weight.inputs), parts, read, height * weight.inputs)
 
 
 def _decode(stored: Stored, weight: Grouped, first: int, last: int) -> Float32:

@@ -40,7 +40,8 @@ def mxfp4(stored: Stored, settings: Mapping[str, Any]) -> Scheme:
             continue
         experts, out, groups, _ = shape
         rows = partial(_rows, stored, strips, target, out, groups * _BLOCK)
-        weights.append(Weight(target, (experts, groups * _BLOCK, out), (name, parts["_scales"]), by_rows(out, rows)))
+        shape, strip = (experts, groups * _BLOCK, out), strip_height(out, _BLOCK) * out
+        weights.append(Weight(target, shape, (name, parts["_scales"]), by_rows(out, rows), strip))
     return Scheme("mxfp4, blocks of 32", weights)
 
 

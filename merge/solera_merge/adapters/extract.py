@@ -38,7 +38,7 @@ from solera_merge.problems import Problems, some
 if TYPE_CHECKING:
     from solera_core.causal_lm import ParameterInfo
 
-__all__ = ["ExtractConfig", "Extraction", "extract_lora", "plan_extract"]
+__all__ = ["ExtractConfig", "Extraction", "extract_lora", "linear_modules", "plan_extract"]
 
 Float32: TypeAlias = npt.NDArray[np.float32]
 Place: TypeAlias = Literal["lora", "embedding", "experts", "saved", "bias", "left out"]
@@ -179,6 +179,19 @@ def plan_extract(config: ExtractConfig, ctx: Context) -> Plan:
         parameters=config.model_dump(mode="json"),
         rows=rows,
     )
+
+
+def linear_modules(config: ExtractConfig, ctx: Context) -> dict[str, tuple[int, int]]:
+    """(out, in) of every module that gets a low-rank update if it changed, experts and embeddings left out."""
+    _, _, pieces = _prepare(config, ctx)
+    shapes = {
+        piece.module: piece.shape[::-1] if piece.transposed else piece.shape for piece in pieces if _is_linear(piece)
+    }
+    return {module: (shape[0], shape[1]) for module, shape in shapes.items()}
+
+
+def _is_linear(piece: _Piece) -> bool:
+    return piece.place == "lora" and len(piece.shape) == 2
 
 
 def extract_lora(config: ExtractConfig, out: Path, ctx: Context) -> Extraction:

@@ -51,7 +51,7 @@ class Sequences:
 
     def documents_of(self, token: int) -> str:
         """The documents in the sequence of a token, for messages: what is wrong in one spoils its sequence."""
-        end = 0
+        begin = end = 0
         for ids in self.ids:
             begin, end = end, end + len(ids)
             if token < end:

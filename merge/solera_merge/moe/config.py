@@ -16,11 +16,22 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from solera_core.data import DataSource
 from solera_core.strict import Strict, did_you_mean
+from solera_core.tokens import TokenCount
 from solera_merge.moe.mergekit import from_mergekit, is_mergekit
 from solera_merge.moe.sizes_config import SharedConfig, SlimConfig, size_problems
 from solera_merge.moe.trunk_config import Trunk, named_models, trunk_problems
 
-__all__ = ["AUTO", "FITS", "ExpertConfig", "Fit", "MoeConfig", "RouterConfig", "prompt_problems"]
+__all__ = [
+    "AUTO",
+    "FITS",
+    "ExpertConfig",
+    "Fit",
+    "Healing",
+    "MoeConfig",
+    "RouterConfig",
+    "RouterTraining",
+    "prompt_problems",
+]
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,54 @@ class RouterConfig(Strict):
     sequence_tokens: int = Field(default=256, ge=2)
 
 
+class RouterTraining(Strict):
+    """Training of the router alone, on the text of all domains, by the loss of the language model.
+
+    Attributes:
+        tokens: to train on, at most: it ends when the held-out loss falls no more, and the best router is kept.
+        lr: peak learning rate.
+        balance: weight of the load-balancing loss, E * sum f_e P_e (arXiv 2101.03961).
+        tokens_per_step: tokens of one optimizer step.
+        micro_batch_tokens: tokens in one forward pass at most; bounds memory only.
+        patience: looks at the held-out text, of 20 in all, without a lower loss before it ends.
+    """
+
+    tokens: TokenCount
+    lr: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
+    balance: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    tokens_per_step: TokenCount = 2048
+    micro_batch_tokens: TokenCount = 4096
+    patience: int = Field(default=5, ge=1)
+
+
+class Healing(Strict):
+    """The specialists teach the MoE: forward KL from the specialist of each text.
+
+    Attributes:
+        tokens: to train on.
+        parts: `router+trunk` leaves the experts as they are; `all` trains them too.
+        lr: peak learning rate. Right for models of about a million parameters; take 1e-4 to 1e-5 for billions.
+        tokens_per_step: tokens of one optimizer step.
+        micro_batch_tokens: tokens in one forward pass at most; bounds memory only.
+        precision: of the forward and backward passes.
+        ce: weight of the cross-entropy with the text itself beside the divergence.
+        balance: weight of the load-balancing loss.
+        save_every: a killed run loses at most this many tokens.
+        control: teach a dense model of the base's size in the same way too, and compare.
+    """
+
+    tokens: TokenCount
+    parts: Literal["router+trunk", "all"] = "router+trunk"
+    lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    tokens_per_step: TokenCount = 4096
+    micro_batch_tokens: TokenCount = 4096
+    precision: Literal["float32", "bfloat16"] = "float32"
+    ce: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    balance: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    save_every: TokenCount = 500_000
+    control: bool = True
+
+
 class MoeConfig(Strict):
     """A sparse mixture of experts, out of dense specialists of one base.
 
@@ -163,6 +222,8 @@ class MoeConfig(Strict):
         shared: an expert that works on every token.
         slim: experts with fewer neurons.
         router: how tokens find their experts.
+        train: train the router on the text of `router.data` when it is made.
+        heal: let the specialists teach the MoE, last.
     """
 
     base_model: str | None = Field(default=None, min_length=1)
@@ -178,6 +239,8 @@ class MoeConfig(Strict):
     shared: SharedConfig | None = None
     slim: SlimConfig | None = None
     router: RouterConfig = Field(default_factory=RouterConfig)
+    train: RouterTraining | None = None
+    heal: Healing | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -225,9 +288,29 @@ class MoeConfig(Strict):
             self.shared, self.slim, has_text=bool(self.router.data), extends=self.extend is not None
         )
         problems += trunk_problems(self.trunk, names, has_text=bool(self.router.data))
+        problems += training_problems(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def training_problems(config: MoeConfig) -> list[str]:
+    """What is wrong with `train` and `heal`."""
+    asked = [name for name in ("train", "heal") if getattr(config, name) is not None]
+    problems = []
+    if asked and not config.router.data:
+        problems.append(f"{asked[0]}: trains on the text of every domain; give router.data")
+    if asked and config.extend is not None:
+        problems.append(
+            f"{asked[0]}: extend has no specialists behind the experts of the old MoE, and not all of the text; build "
+            "the MoE anew from all specialists, or use a `distill` stage"
+        )
+    if config.train is not None and config.top_k == 1:
+        problems.append(
+            "train: with top_k: 1 the one weight is always 1, so the loss does not depend on the router and its "
+            "gradient is exactly zero; use top_k: 2 or more, or leave train out (a fitted router needs none)"
+        )
+    return problems
 
 
 def data_problems(router: RouterConfig, names: list[str]) -> list[str]:

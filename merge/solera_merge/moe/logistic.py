@@ -43,7 +43,7 @@ def logistic_router(blocks: Blocks, gram_DD: np.ndarray, tokens: float, *, ridge
     experts = next(blocks())[1].shape[1]
 
     def rows(v: np.ndarray) -> np.ndarray:  # W = V F^-1
-        found: np.ndarray = solve_triangular(factor_DD, v.reshape(experts, width).T, lower=True, trans="T").T
+        found: np.ndarray = solve_triangular(factor_DD, v.reshape(experts, width).T, lower=True, trans=1).T
         return found
 
     def loss(v: np.ndarray) -> tuple[float, np.ndarray]:

@@ -23,13 +23,13 @@ from solera_merge.figures import rounded
 from solera_merge.moe.calibration import Sequences
 from solera_merge.moe.config import MoeConfig
 from solera_merge.moe.dense import Dense, read_dense
-from solera_merge.moe.inputs import Inputs
-from solera_merge.moe.trunk_config import candidates
+from solera_merge.moe.inputs import Inputs, open_inputs
+from solera_merge.moe.trunk_config import TrunkMerge, candidates
 
 if TYPE_CHECKING:
     from solera_core.plan import Plan
 
-__all__ = ["PlannedTrunk", "make_trunk", "plan_trunk"]
+__all__ = ["PlannedTrunk", "best_dense", "make_trunk", "plan_trunk"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,48 @@ def make_trunk(
         record = read_provenance(trunks[best].stored.path)
         facts["merge"] = {"recipe": record["recipe"], "inputs": record["inputs"]}
     return replace(inputs, trunk=trunks[best]), facts
+
+
+def best_dense(config: MoeConfig, scratch: Path, ctx: Context) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The merge of the experts that is the best dense model on the held-out text.
+
+    Args:
+        config: of the MoE; has text of every domain.
+        scratch: a directory for the merges, made and removed here.
+        ctx: threads and memory of the merges.
+
+    Returns:
+        Its recipe, and for solera.json which it is and the mean loss of every merge in nats a token.
+    """
+    from solera_core.causal_lm import load_model
+    from solera_merge.moe.calibration import read_domains
+    from solera_merge.moe.fit import encode_domains
+    from solera_merge.moe.routing import mean_nll
+
+    inputs, router = open_inputs(config, ctx), config.router
+    domains, _ = read_domains(router.data, base_dir=ctx.base_dir, holdout=router.holdout, seed=ctx.seed)
+    held_out = encode_domains(domains, None, inputs, router).held_out
+    recipes = candidates("auto", config.base_model, [expert.model for expert in config.experts])
+    if isinstance(config.trunk, TrunkMerge):
+        recipes["merge"] = config.trunk.merge
+    losses: dict[str, float] = {}
+    scratch.mkdir(exist_ok=True)
+    for name, recipe in recipes.items():
+        if recipe is None:
+            continue
+        trunk = _one(name, recipe, inputs, scratch / name.replace(" ", "_"), ctx)
+        model = load_model(trunk.stored.path)
+        losses[name] = float(np.mean([mean_nll(model, text) for text in held_out]))
+        ctx.progress.note(f"{name} as a dense model: {losses[name]:.4f} nats a token")
+        shutil.rmtree(trunk.stored.path)
+    shutil.rmtree(scratch)
+    best = min(losses, key=losses.__getitem__)
+    chosen = recipes[best]
+    assert chosen is not None
+    return chosen.model_dump(mode="json", exclude_none=True), {
+        "chosen": best,
+        "nll": {name: rounded(loss) for name, loss in losses.items()},
+    }
 
 
 def _one(name: str, recipe: MergeConfig | None, inputs: Inputs, place: Path, ctx: Context) -> Dense:

@@ -104,8 +104,9 @@ def _tables(
     tokens[ids] = True
     average_from = None if wanted.pad_to_multiple_of is None else _end_of_tokens(output)
     own = {i: own_rows(t.vocabulary, output.vocabulary, all_.rows[i], rows) for i, t in all_.own.items()}
-    spare = {i: _spare(t, all_.rows[i]) for i, t in all_.own.items()}
     checkpoints = dict(enumerate(all_.models.checkpoints))
+    # A tokenizer that belongs to no model of the merge has no rows to give.
+    spare = {i: _spare(t, all_.rows[i] if i in checkpoints else 0) for i, t in all_.own.items()}
     tables: list[dict[str, tuple[Derived, str]]] = [{} for _ in checkpoints]
     found: dict[tuple[tuple[int, ...], int | None], dict[int, Origins]] = {}
     problems = Problems()

@@ -66,7 +66,7 @@ class TokenizerConfig(Strict):
     """The tokenizer of the output.
 
     Attributes:
-        source: `union`: the base's and every token that another model has besides; `base`; or one of the models.
+        source: `union`: the base's and every token that another model has besides; `base`; or any model.
         tokens: embeddings of single tokens.
         pad_to_multiple_of: rows of embedding and head: the number of tokens, rounded up to a multiple of this. By
             default rows without a token stay as they are.

@@ -21,6 +21,7 @@ __all__ = ["OutputFiles", "files_of", "with_vocabulary"]
 
 _TOKEN_KEY: Final = re.compile(r"_token_(ids?|index)$")
 _ENDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+_PROCESSOR: Final = re.compile(r"processor_config\.json$|^feature_extractor_config\.json$")
 _OTHER_FORMATS: Final = ("merges.txt", "added_tokens.json", "bpe.codes", "target.spm")
 
 
@@ -52,10 +53,18 @@ def files_of(alignment: Alignment, config: MergeConfig) -> OutputFiles:
     """
     warnings: list[str] = []
     chat_template, wanted = config.chat_template, config.wanted_tokenizer
-    donor = alignment.models.checkpoints[alignment.donor]
+    donor, owner = alignment.models.at(alignment.donor), alignment.models.checkpoints[alignment.models.owner]
     folders = [file for file in donor.sidecars if file.suffix == ".jinja" and file.name != "chat_template.jinja"]
     copied = {file.name: file for file in donor.sidecars if file not in folders}
     written: dict[str, Any] = {}
+    if donor is alignment.models.tokenizer and (all_ := alignment.tokenizers) is not None:
+        # Only the tokenizer is another's: the processor stays, and how to generate, with the ids of the same tokens.
+        copied |= {f.name: f for f in owner.sidecars if _PROCESSOR.search(f.name) and f.name not in copied}
+        if "generation_config.json" not in copied and (content := _generation(owner)):
+            to = alignment.output if alignment.output is not None else all_.own[alignment.donor]
+            own = all_.own[alignment.models.owner]
+            moved = {k: _moved(v, own, to) if _TOKEN_KEY.search(k) else v for k, v in content.items()}
+            written["generation_config.json"] = moved
     settings = read_json(copied["tokenizer_config.json"]) if "tokenizer_config.json" in copied else {}
     before = json.dumps(settings)
     if (output := alignment.output) is not None:
@@ -106,7 +115,7 @@ def with_vocabulary(content: dict[str, Any], alignment: Alignment) -> list[str]:
         for level in [level for level in levels if "vocab_size" in level] or levels[-1:]:
             level["vocab_size"] = alignment.rows
     output = alignment.output if alignment.output is not None else all_.own[donor]
-    theirs = _levels(alignment.models.checkpoints[donor].config)
+    theirs = _levels(alignment.models.at(donor).config)
     pairs = [(levels[-1], theirs[-1]), *([(levels[0], theirs[0])] if len(levels) > 1 else [])]
     for level, other in pairs if owner != donor else ():
         for key in [k for k in level if _TOKEN_KEY.search(k)]:

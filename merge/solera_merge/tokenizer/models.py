@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from solera_core.architecture import vocab_size
 from solera_core.checkpoint import Checkpoint
 from solera_core.sidecars import tokenizer_files
-from solera_core.strict import did_you_mean
 from solera_merge.config import MergeConfig
 from solera_merge.models import Models
 from solera_merge.problems import Problems
@@ -24,7 +24,8 @@ class Tokenizers:
         models: as opened.
         own: each model's tokenizer.
         rows: each model's embedding rows.
-        donor: number of the model whose tokenizer the output's is made from.
+        donor: number of the model whose tokenizer the output's is made from. It may be none of the merge
+            (`Models.tokenizer`): then it has as many rows as its config says, or its tokens need.
     """
 
     models: Models
@@ -46,22 +47,21 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
 def donor_of(config: MergeConfig, models: Models, problems: Problems) -> int | None:
     """Number of the model whose tokenizer the output's is, or is made from: by default the config's owner.
 
-    None, and a problem noted, where it is none of the models, has no tokenizer while others have, or one that cannot be
+    None, and a problem noted, where it could not be opened, has no tokenizer while others have, or one that cannot be
     read; or where none has one, and the recipe asks for it.
     """
     wanted, known = config.wanted_tokenizer, len(problems.found)
     donor = models.owner
-    if wanted is not None and wanted.source not in ("base", "union"):
+    if models.tokenizer is not None:
+        donor = len(models.checkpoints)
+    elif wanted is not None and wanted.source not in ("base", "union"):
         if wanted.source not in models.index:
-            where = "tokenizer_source" if config.tokenizer is None else "tokenizer.source"
-            hint = did_you_mean(wanted.source, ["union", "base", *models.index])
-            problems.config(f"{where}: {wanted.source!r} is none of the models of this merge{hint}")
-            return None
+            return None  # noted when the models were opened
         donor = models.index[wanted.source]
-    checkpoint = models.checkpoints[donor]
+    checkpoint = models.at(donor)
     with problems.collected():
         check_tokenizer(checkpoint)
-    owners = [c.ref for c in models.checkpoints if has_tokenizer(c)]
+    owners = [c.ref for c in (*models.checkpoints, checkpoint) if has_tokenizer(c)]
     if owners and not has_tokenizer(checkpoint):
         problems.config(
             f"tokenizer_source: {checkpoint.ref!r} ({checkpoint.path}), whose tokenizer the output would get, has none"
@@ -84,14 +84,17 @@ def read_tokenizers(models: Models, donor: int, warnings: list[str]) -> Tokenize
     """
     problems, known = Problems(), dict[str, ModelTokenizer]()
     found: dict[int, ModelTokenizer | None] = {}
-    for i, checkpoint in enumerate(models.checkpoints):
+    checkpoints = [*models.checkpoints, *([] if models.tokenizer is None else [models.tokenizer])]
+    for i, checkpoint in enumerate(checkpoints):
         with problems.collected():
             found[i] = read_tokenizer(checkpoint, known)
     problems.raise_any()
     first = found[donor]
     assert first is not None, "`donor_of` finds a model with a tokenizer"
     rows = {i: table_rows(checkpoint) for i, checkpoint in enumerate(models.checkpoints)}
-    for i, checkpoint in enumerate(models.checkpoints):
+    if models.tokenizer is not None:
+        rows[donor] = max(vocab_size(models.tokenizer.config) or 0, max(first.vocabulary.values(), default=-1) + 1)
+    for i, checkpoint in enumerate(checkpoints):
         if found[i] is None and rows[i] == rows[donor]:
             warnings.append(f"{checkpoint.path}: has no tokenizer; taken to have that of {models.ref(donor)!r}")
         elif found[i] is None:

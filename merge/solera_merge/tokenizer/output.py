@@ -49,11 +49,11 @@ def fills_of(tokens: Mapping[str, TokenConfig], output: ModelTokenizer, all_: To
     Raises:
         ConfigError: a model, token or row that is not there; no source for a token that some models lack.
     """
-    problems, fills = Problems(), dict[int, RowFill]()
+    problems, fills, members = Problems(), dict[int, RowFill](), range(len(all_.models.checkpoints))
     for token, settings in tokens.items():
         source, where = settings.source, f"tokenizer.tokens.{token}"
         if source is None:
-            if lacking := [all_.models.ref(i) for i in all_.own if all_.row(i, token) is None]:
+            if lacking := [all_.models.ref(i) for i in members if all_.row(i, token) is None]:
                 problems.config(f"{where}: not in {some(lacking)}: say with `source` what its embedding shall be there")
         elif source.kind == "zero":
             fills[output.vocabulary[token]] = RowFill(None, 0, settings.force)
