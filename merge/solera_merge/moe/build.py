@@ -138,6 +138,12 @@ def _open(config: MoeConfig, ctx: Context) -> tuple[Inputs, _Text, PlannedTrunk,
         warnings += found
     if router.unlabelled:
         ((unlabelled,), _) = read_domains({"unlabelled": router.unlabelled}, key="router", **options)
+    if inputs.shared_model is not None and config.shared is not None:
+        warnings.append(
+            f"shared: {config.shared.model} adds to every token's output, times {config.shared.residual_scale:g}, and "
+            f"the routed experts count {config.shared.routed_scale:g}: that is not what the specialists compute; "
+            "checks.sizes in solera.json says what it costs, where there is router.data"
+        )
     if router.fit == "none":
         warnings.append(
             "router.fit: none: the rows are zero, so every token goes to the same experts with equal weights; put "
