@@ -174,7 +174,8 @@ def test_the_activation_score_is_what_the_average_neuron_would_change(
 
     def out(net: list[np.ndarray], x: np.ndarray) -> np.ndarray:
         z = x @ net[0].T
-        return (z / (1 + np.exp(-z))) * (x @ net[1].T)
+        silu: np.ndarray = z / (1 + np.exp(-z)) * (x @ net[1].T)
+        return silu
 
     expected = np.zeros(len(mean[0]))
     for e, x in enumerate(states):
