@@ -408,14 +408,14 @@ def test_a_family_without_a_shared_home_and_experts_of_other_widths_are_refused(
 ) -> None:
     shared = {"neurons": 0.5, "score": "weight"}
     qwen = {n: make_model(tmp_path / n, family="qwen3", seed=i) for i, n in enumerate(("base", "a", "b"))}
-    with pytest.raises(CheckpointError, match="no format that holds it has a shared expert; .*use `slim`"):
+    with pytest.raises(CheckpointError, match=r"no format that holds it has a shared expert; .*use `slim`"):
         plan_moe(moe_config(qwen["base"], {n: qwen[n] for n in "ab"}, shared=shared), Context())
     base = make_model(tmp_path / "llama")
     experts = {
         "a": make_model(tmp_path / "same", seed=1),
         "b": make_model(tmp_path / "w", seed=2, intermediate_size=80),
     }
-    with pytest.raises(CheckpointError, match="shared.neurons: .*80 neurons wide, .*only models of one width"):
+    with pytest.raises(CheckpointError, match=r"shared.neurons: .*80 neurons wide, .*only models of one width"):
         plan_moe(moe_config(base, experts, shared=shared), Context())
 
 
