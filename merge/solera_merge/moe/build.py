@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ from solera_merge.moe.fit import (
 from solera_merge.moe.identity import Identity, check_identity, checked_parameters
 from solera_merge.moe.inputs import Inputs, open_inputs
 from solera_merge.moe.layers import layer_bytes
+from solera_merge.moe.model_router import DOCUMENTS_FIT, REQUEST_TOKENS
 from solera_merge.moe.prompts import PROMPT_FITS, prompt_routers
+from solera_merge.moe.report import report_moe
 from solera_merge.moe.sizes import resize
 from solera_merge.moe.statistics_file import STATISTICS_FILE, statistics_bytes
 from solera_merge.moe.targets.target import Piece
@@ -247,7 +249,8 @@ def _costs(config: MoeConfig, inputs: Inputs, text: _Text, *, dense_bytes: int) 
         domains = len(text.domains) + experts * (text.unlabelled is not None)
         tokens = router.tokens_per_domain * domains
         tried = round(tokens * router.holdout / (1 - router.holdout)) * TRIALS
-        scratch = max(scratch, layer + 4 * width * max(2 * tokens, tried))
+        requests = sum(len(domain.held_out) + DOCUMENTS_FIT for domain in text.domains) * REQUEST_TOKENS
+        scratch = max(scratch, layer + 4 * width * max(2 * tokens, tried, requests))
     if text.domains and router.fit in TEXT_FITS and router.fit != "nll":
         said = about(inputs, "sha256:" + "0" * 64)
         sums = statistics_bytes(layers=inputs.trunk.layers, width=width, experts=inputs.names, about=said)
@@ -334,6 +337,7 @@ def _build(
     (staging / ".trunks").mkdir()
     inputs, trunk = make_trunk(config, inputs, held_out, staging / ".trunks", ctx)
     (staging / ".sizes").mkdir()
+    specialists = inputs.experts
     inputs, sizes = resize(config, inputs, calibration, staging / ".sizes", ctx)
     asked = config.router.temperature
     drawn = random_routers(config, inputs, seed=ctx.seed)
@@ -363,10 +367,37 @@ def _build(
     weights = trunk_digest(digests, inputs.target, open_checkpoint(staging, Context()))
     routers, facts = _routers(config, inputs, calibration, staging, ctx, drawn=drawn, weights=weights)
     digests |= routers
+    report = _report(replace(inputs, experts=specialists), text, calibration, staging, ctx)
     shutil.rmtree(staging / ".trunks")
     shutil.rmtree(staging / ".sizes")
-    said = {"trunk": trunk, "target": inputs.target.name, "engines": _matrix(inputs)} | sizes
-    return checks | said | {"identity": identity.to_json(), "router": facts, "warnings": [*warnings, *found]}, digests
+    said = {
+        "trunk": trunk,
+        "target": inputs.target.name,
+        "engines": _matrix(inputs),
+        "identity": identity.to_json(),
+        "router": facts,
+        **sizes,
+        **report,
+        "warnings": [*warnings, *found],
+    }
+    return checks | said, digests
+
+
+def _report(
+    inputs: Inputs, text: _Text, calibration: Calibration | None, staging: Path, ctx: Context
+) -> dict[str, Any]:
+    """`report`, where there is held-out text of the experts' domains."""
+    if calibration is None or not calibration.held_out:
+        return {}
+    scratch = staging / ".report"
+    scratch.mkdir()
+    try:
+        report = report_moe(staging, inputs, text.domains, calibration, scratch=scratch, ctx=ctx)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    for warning in report["warnings"]:
+        ctx.progress.note(f"warning: {warning}")
+    return {"report": report}
 
 
 def _routers(
