@@ -374,6 +374,7 @@ def _build(
         "trunk": trunk,
         "target": inputs.target.name,
         "engines": _matrix(inputs),
+        **sizes,
         "identity": identity.to_json(),
         "router": facts,
         **sizes,
