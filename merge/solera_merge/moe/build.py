@@ -377,7 +377,6 @@ def _build(
         **sizes,
         "identity": identity.to_json(),
         "router": facts,
-        **sizes,
         **report,
         "warnings": [*warnings, *found],
     }
