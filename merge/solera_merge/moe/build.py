@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -337,6 +337,7 @@ def _build(
     (staging / ".trunks").mkdir()
     inputs, trunk = make_trunk(config, inputs, held_out, staging / ".trunks", ctx)
     (staging / ".sizes").mkdir()
+    specialists = inputs.experts
     inputs, sizes = resize(config, inputs, calibration, staging / ".sizes", ctx)
     asked = config.router.temperature
     drawn = random_routers(config, inputs, seed=ctx.seed)
@@ -366,7 +367,7 @@ def _build(
     weights = trunk_digest(digests, inputs.target, open_checkpoint(staging, Context()))
     routers, facts = _routers(config, inputs, calibration, staging, ctx, drawn=drawn, weights=weights)
     digests |= routers
-    report = _report(inputs, text, calibration, staging, ctx)
+    report = _report(replace(inputs, experts=specialists), text, calibration, staging, ctx)
     shutil.rmtree(staging / ".trunks")
     shutil.rmtree(staging / ".sizes")
     said = {
