@@ -316,6 +316,11 @@ def extract_lora_command(
 
 
 app.command("moe")(_stage_command("moe", "Build a sparse mixture of experts out of dense specialists."))
+app.command("moe-prune")(_stage_command("moe-prune", "Leave out the experts of a MoE that add least (REAP)."))
+app.command("moe-merge-experts")(_stage_command("moe-merge-experts", "Average experts of a MoE that are alike."))
+app.command("moe-extract-lora")(
+    _stage_command("moe-extract-lora", "Write specialists as LoRA adapters of their base, with a router over requests.")
+)
 app.command("route")(_stage_command("route", "Fit a router that sends every request to one of several whole models."))
 app.command("distill")(_stage_command("distill", "Teach a student (or heal a mixture) by one or several teachers."))
 app.command("tune")(_stage_command("tune", "Fine-tune a base into a specialist."))

@@ -155,6 +155,11 @@ class RouterConfig(Strict):
     temperature: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "auto"
     sequence_tokens: int = Field(default=256, ge=2)
 
+    @property
+    def held_out_tokens(self) -> int:
+        """Tokens of every domain that are measured on, at most."""
+        return max(round(self.tokens_per_domain * self.holdout / (1 - self.holdout)), 2)
+
 
 class RouterTraining(Strict):
     """Training of the router alone, on the text of all domains, by the loss of the language model.
@@ -164,7 +169,7 @@ class RouterTraining(Strict):
         lr: peak learning rate.
         balance: weight of the load-balancing loss, E * sum f_e P_e (arXiv 2101.03961).
         tokens_per_step: tokens of one optimizer step.
-        micro_batch_tokens: tokens in one forward pass at most; bounds memory only.
+        micro_batch_tokens: tokens in one forward pass at most; bounds memory. The load is counted in each by itself.
         patience: looks at the held-out text, of 20 in all, without a lower loss before it ends.
     """
 

@@ -32,6 +32,7 @@ __all__ = [
     "write_dense",
     "write_moe",
     "write_part",
+    "write_whole",
 ]
 
 Routers = Sequence[np.ndarray]
@@ -219,6 +220,25 @@ def write_part(directory: Path, built: Checkpoint, part: Part) -> None:
         copies.append(_Copy(TensorSpec(".".join(parts), info.dtype, shape), built, name, shape))
     _write(directory, copies, threads=None, progress=None)
     write_metadata(directory, config=config, sidecars=())
+
+
+def write_whole(
+    directory: Path, checkpoint: Checkpoint, *, threads: int | None, progress: Progress | None
+) -> dict[str, str]:
+    """Write a checkpoint, most often a view, as it stands into `directory`; the digest of every tensor.
+
+    What is not derived is copied byte for byte.
+
+    Raises:
+        CheckpointError: a value is NaN, infinite or too large for its dtype.
+    """
+    copies = [
+        _Copy(TensorSpec(name, info.dtype, info.shape), checkpoint, name, info.shape)
+        for name, info in checkpoint.tensors.items()
+    ]
+    digests = _write(directory, copies, threads=threads, progress=progress)
+    write_metadata(directory, config=checkpoint.config, sidecars=checkpoint.sidecars)
+    return digests
 
 
 def replace_routers(checkpoint: Checkpoint, routers: Routers) -> dict[str, str]:
