@@ -191,7 +191,7 @@ def test_a_merge_with_another_tokenizer_than_the_bases_is_refused(
 ) -> None:
     other = copied(tuned["signs"], tmp_path / "other")
     written = json.loads(json.dumps(recipe).replace("OTHER", str(other)))
-    with pytest.raises(CheckpointError, match="trunk: the MoE gets the tokenizer of .* and the merge has another one"):
+    with pytest.raises(CheckpointError, match=r"trunk: the MoE gets the tokenizer of .* and the merge has another one"):
         build(tmp_path / "moe", siblings["base"], tuned, trunk={"merge": written})
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
@@ -199,7 +199,7 @@ def test_a_merge_with_another_tokenizer_than_the_bases_is_refused(
 def test_errors_of_the_merge_say_whose_they_are(
     moe_config: Callable[..., MoeConfig], siblings: dict[str, Path], tuned: dict[str, Path]
 ) -> None:
-    with pytest.raises(ConfigError, match="trunk: parameters: linear needs `weight` for .*\ntrunk: parameters: "):
+    with pytest.raises(ConfigError, match=r"trunk: parameters: linear needs `weight` for .*\ntrunk: parameters: "):
         plan_moe(moe_config(siblings["base"], tuned, trunk={"merge": {"merge_method": "linear"}}), Context())
 
 
