@@ -22,6 +22,7 @@ __all__ = [
     "References",
     "Stage",
     "all_problems",
+    "model_references",
     "parse_settings",
     "parse_stage",
     "plan_stage",
@@ -286,24 +287,24 @@ def _references(kind: str, config: Strict) -> References:
             assert isinstance(config, PublishConfig)
             return References((config.model,), (), (config.when,) if config.when else ())
         case _:
-            models, sources = dict.fromkeys(_model_references(config)), dict.fromkeys(_sources(config))
+            models, sources = dict.fromkeys(model_references(config)), dict.fromkeys(_sources(config))
             return References(tuple(models), tuple(sources), tokenizers=_tokenizers(config, models))
 
 
 _MODEL_FIELDS = {"model", "base_model", "from_", "source_model", "extend"}
 
 
-def _model_references(value: Any, field: str = "") -> Iterable[str]:
+def model_references(value: Any, field: str = "") -> Iterable[str]:
     """Every string in a field that holds a model reference, anywhere below."""
     if isinstance(value, BaseModel):
         for name in type(value).model_fields:
-            yield from _model_references(getattr(value, name), name)
+            yield from model_references(getattr(value, name), name)
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _model_references(item)
+            yield from model_references(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _model_references(item, field)
+            yield from model_references(item, field)
     elif isinstance(value, str) and field in _MODEL_FIELDS:
         yield value
 

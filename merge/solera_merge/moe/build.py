@@ -49,7 +49,7 @@ from solera_merge.moe.statistics_file import STATISTICS_FILE, statistics_bytes
 from solera_merge.moe.targets.target import Piece
 from solera_merge.moe.trunk import PlannedTrunk, make_trunk, plan_trunk
 from solera_merge.moe.tune import TRIALS, tune_routers
-from solera_merge.moe.write import moe_specs, replace_routers, write_moe
+from solera_merge.moe.write import moe_specs, replace_routers, torch_dtype_name, write_moe
 
 __all__ = ["build_moe", "plan_moe"]
 
@@ -156,6 +156,12 @@ def _open(config: MoeConfig, ctx: Context) -> tuple[Inputs, _Text, PlannedTrunk,
             f"router.fit: {router.fit}: a router made of a few prompts knows little of the domains; text of every "
             "domain and fit: ridge route far better"
         )
+    stored = torch_dtype_name(inputs.trunk, config.dtype)
+    if inputs.width % 8 and stored != "float32":
+        warnings.append(
+            f"in {stored} transformers' default kernel for experts refuses a width that is no multiple of 8, and here "
+            f'it is {inputs.width}: load the MoE with experts_implementation="eager", or in float32'
+        )
     trunk = inputs.trunk.stored
     unused = [info.nbytes for name, info in trunk.tensors.items() if not is_ffn(name)]
     share = sum(unused) / sum(info.nbytes for info in trunk.tensors.values())
@@ -189,6 +195,7 @@ def _plan(config: MoeConfig, inputs: Inputs, text: _Text, merged: PlannedTrunk, 
             *([_read_of(inputs.base, ffn=False)] if trunk is not inputs.base else []),
             *(_read_of(expert, ffn=True) for expert in inputs.experts),
             *([_read_of(inputs.shared_model, ffn=True)] if inputs.shared_model else []),
+            *(_merged_of(model) for model in merged.models),
             *(_text_of(domain, config.router.data[domain.name]) for domain in text.domains),
             *([_text_of(text.unlabelled, config.router.unlabelled)] if text.unlabelled else []),
         ],
@@ -274,10 +281,16 @@ def _read_of(model: Dense, *, ffn: bool) -> dict[str, Any]:
         "path": str(model.stored.path),
         "bytes": sum(info.nbytes for info in tensors.values()),  # all of it, for the digest in solera.json
         "bytes_used": sum(info.nbytes for name, info in tensors.items() if is_ffn(name) == ffn),
+        "kind": "model",
         "ref": model.stored.ref,
         "family": model.family,
         "ffn_width": model.width,
     }
+
+
+def _merged_of(model: Checkpoint) -> dict[str, Any]:
+    size = sum(info.nbytes for info in model.tensors.values())
+    return {"what": "trunk", "path": str(model.path), "bytes": size, "kind": "model", "ref": model.ref}
 
 
 def _giver(inputs: Inputs, piece: Piece) -> str:

@@ -245,7 +245,9 @@ def _difference(found: "torch.Tensor", expected: "torch.Tensor", what: str) -> f
 
 
 def _agreement(copies: Path, dense: Path, ids: "torch.Tensor", dtype: str) -> float:
-    found = _logits(load_model(copies, dtype=dtype), ids).argmax(-1)
+    moe: Any = load_model(copies, dtype=dtype)
+    moe.set_experts_implementation("eager")  # the default's kernel refuses widths that are no multiple of 8
+    found = _logits(moe, ids).argmax(-1)
     expected = _logits(load_model(dense, dtype=dtype), ids).argmax(-1)
     share = float((found == expected).double().mean())
     if share < AGREEMENT:

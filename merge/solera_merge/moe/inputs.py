@@ -97,6 +97,9 @@ def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
     trunk = given.get(config.trunk, base) if isinstance(config.trunk, str) else base
     check_tokenizer(base.checkpoint)
     warnings = _check_distinct(config, base, added, ctx)
+    if trunk is not base:  # whose tokenizer the MoE gets
+        _check_fits(trunk, base)
+        warnings += compare_tokenizers(trunk.checkpoint, base.checkpoint, "base")
     for expert, model in zip(config.experts, added, strict=True):
         _check_fits(trunk, model)
         warnings += compare_tokenizers(trunk.checkpoint, model.checkpoint, expert.name)
