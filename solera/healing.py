@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +23,9 @@ from solera.planning import combined, plan_stages
 from solera.preflight import check_inputs
 from solera.recipe import Recipe, parse_recipe
 from solera.stages import model_references
+from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
-from solera_core.data import DataSource, Document, Text
+from solera_core.data import DataSource, Document, Text, encode
 from solera_core.errors import ResourceError
 from solera_core.hub import split_adapter
 from solera_core.output import check_output, write_provenance
@@ -56,13 +57,13 @@ def control_of(out: Path) -> Path:
 
 
 def plan_trained(config: MoeConfig, ctx: Context) -> Plan:
-    """The plans of all steps, one below the other; the control is planned as a task arithmetic of weight 0.4.
+    """The plans of all steps, one below the other; the control is planned as the average of the experts.
 
     Raises:
         SoleraError: whatever one of the steps would refuse before it computes.
     """
     with tempfile.TemporaryDirectory(prefix="solera-text-") as scratch:
-        text = _write_text(config, Path(scratch), ctx)
+        text = _write_text(config, Path(scratch), ctx, most=None)
         recipe = _recipe(config, text, ctx, start=_some_merge(config))
         check_inputs(recipe, Path(scratch) / "run", ctx)
         plans = plan_stages(recipe, Path(scratch) / "run", ctx)
@@ -87,7 +88,7 @@ def build_trained(config: MoeConfig, out: Path, ctx: Context) -> Path:
         check_apart(target, models, [work])
     require_disk(out, plan.disk_bytes)
     try:
-        text = _write_text(config, work / "text", ctx)
+        text = _write_text(config, work / "text", ctx, most=config.router.held_out_tokens)
         steps = {stage.name: stage.path for stage in run_recipe(_recipe(config, text, ctx), work, ctx).stages}
         compared: dict[str, Any] = {}
         if has_control:
@@ -107,8 +108,12 @@ def build_trained(config: MoeConfig, out: Path, ctx: Context) -> Path:
     return out
 
 
-def _write_text(config: MoeConfig, directory: Path, ctx: Context) -> dict[str, tuple[str, str]]:
-    """The text of every domain in two files, to train on and held out, by expert."""
+def _write_text(config: MoeConfig, directory: Path, ctx: Context, *, most: int | None) -> dict[str, tuple[str, str]]:
+    """The text of every domain in two files, to train on and held out, by expert.
+
+    With `most`, no more held-out documents than hold so many tokens, as the router is measured on: it is looked at 20
+    times while the router trains, and all of it could take longer than the training.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     router = config.router
     data = {expert.name: router.data[expert.name] for expert in config.experts}  # in one order, however it is written
@@ -116,11 +121,28 @@ def _write_text(config: MoeConfig, directory: Path, ctx: Context) -> dict[str, t
     files: dict[str, tuple[str, str]] = {}
     for i, domain in enumerate(domains):
         pair = directory / f"{i}.jsonl", directory / f"{i}-held-out.jsonl"
-        for file, documents in zip(pair, (domain.fit, domain.held_out), strict=True):
+        held_out = domain.held_out if most is None else _first(domain.held_out, most, config, ctx)
+        for file, documents in zip(pair, (domain.fit, held_out), strict=True):
             rows = [json.dumps(_row(document), ensure_ascii=False) + "\n" for document in documents]
             file.write_text("".join(rows), encoding="utf-8")
         files[domain.name] = str(pair[0].resolve()), str(pair[1].resolve())
     return files
+
+
+def _first(documents: Sequence[Document], tokens: int, config: MoeConfig, ctx: Context) -> list[Document]:
+    """The first documents that hold so many tokens; at least one."""
+    from solera_core.causal_lm import load_tokenizer
+
+    assert config.base_model is not None
+    tokenizer: Any = load_tokenizer(open_checkpoint(config.base_model, ctx).path)
+    tokenizer.model_max_length = 1 << 40  # its warning of long documents would mislead: they are cut
+    found: list[Document] = []
+    for document in documents:
+        if tokens <= 0:
+            break
+        found.append(document)
+        tokens -= len(encode(document, tokenizer, add_eos=True).ids)
+    return found
 
 
 def _row(document: Document) -> dict[str, Any]:

@@ -31,7 +31,20 @@ __all__ = [
     "stage_config",
 ]
 
-KINDS = ("init", "tune", "merge", "extract-lora", "moe", "route", "distill", "eval", "publish")
+KINDS = (
+    "init",
+    "tune",
+    "merge",
+    "extract-lora",
+    "moe",
+    "moe-prune",
+    "moe-merge-experts",
+    "moe-extract-lora",
+    "route",
+    "distill",
+    "eval",
+    "publish",
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,18 @@ def stage_config(kind: str) -> type[Strict]:
             from solera_merge.moe.config import MoeConfig
 
             return MoeConfig
+        case "moe-prune":
+            from solera_merge.moe.size.config import PruneConfig
+
+            return PruneConfig
+        case "moe-merge-experts":
+            from solera_merge.moe.size.config import MergeExpertsConfig
+
+            return MergeExpertsConfig
+        case "moe-extract-lora":
+            from solera_merge.moe.size.config import ExtractExpertsConfig
+
+            return ExtractExpertsConfig
         case "route":
             from solera_merge.route.config import RouteConfig
 
@@ -229,6 +254,14 @@ def _functions(kind: str, config: Strict) -> tuple[_Plan, _Run]:
 
             assert isinstance(config, MoeConfig)
             return (plan_trained, build_trained) if is_trained(config) else (plan_moe, build_moe)
+        case "moe-prune" | "moe-merge-experts":
+            from solera_merge.moe.size.shrink import build_shrunk, plan_shrunk
+
+            return plan_shrunk, build_shrunk
+        case "moe-extract-lora":
+            from solera_merge.moe.size.low_rank import extract_experts, plan_extract_experts
+
+            return plan_extract_experts, extract_experts
         case "route":
             from solera_merge.route.build import build_route, plan_route
 

@@ -53,7 +53,7 @@ def balance_loss(outputs: Sequence[tuple[Tensor, Tensor]], positions_N: Tensor) 
 
     Args:
         outputs: of every layer: logits (B T, E) and chosen experts (B T, k).
-        positions_N: which tokens count: not those that only pad.
+        positions_N: which tokens count: those that are learned, neither padding nor a prompt's.
     """
     losses: list[Tensor] = []
     for logits_TE, chosen_Tk in outputs:

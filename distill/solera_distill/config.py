@@ -69,7 +69,7 @@ class TrainingConfig(Strict):
         sequence_tokens: longest piece of text the model sees at once; longer documents are cut into pieces.
         tokens_per_step: tokens of one optimizer step. Its gradient is the mean over all learned tokens of the step.
         micro_batch_tokens: tokens, padding included, that one forward pass takes at most. It bounds memory and changes
-            nothing but rounding.
+            nothing but rounding (and where the load of experts is counted, with `balance`).
         lr: peak learning rate.
         schedule: how the rate falls after the warm-up, as a function of tokens, down to `final_lr`.
         warmup: share of the tokens over which the rate rises linearly.
@@ -82,7 +82,7 @@ class TrainingConfig(Strict):
         lr_parts: multipliers of the learning rate, by part.
         save_every: a killed run loses at most this many tokens; the held-out curve has a point at each.
         balance: weight of the load-balancing loss of a mixture of experts, E * sum f_e P_e (arXiv 2101.03961), beside
-            the objective.
+            the objective; counted over the learned tokens of every micro-batch by itself.
         keep_best: write the model as it was where the loss on `eval_data` (mean over domains) was least: at the start
             or at one of the looks at it.
         patience: end after so many looks at `eval_data` (every `save_every`) without a lower loss.

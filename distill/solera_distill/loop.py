@@ -136,7 +136,7 @@ def train(
         if position.step == 0 and not position.log:
             look_at_heldout()
         prepared.train()
-        while position.tokens < settings.tokens:
+        while position.tokens < settings.tokens and not _is_over(position.log, settings.patience):
             asked = min(settings.tokens_per_step, settings.tokens - position.tokens)
             pieces, cursor = order.take(position.cursor, asked)
             tokens = sum(p.tokens for p in pieces)
@@ -185,9 +185,8 @@ def train(
                 states.save(State(position, dict(parameters), optimizer_moments(optimizer, names), best))
             if after_step is not None:
                 after_step(position.step)
-            if (due or done) and settings.patience is not None and _looks_in_vain(position.log) >= settings.patience:
-                progress.note(f"stopped at {position.tokens} tokens: the held-out loss falls no more")
-                break
+    if position.tokens < settings.tokens:
+        progress.note(f"stopped at {position.tokens} of {settings.tokens} tokens: the held-out loss falls no more")
     if best:
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -201,10 +200,15 @@ def least_heldout(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return min((row for row in log if "heldout" in row), key=lambda row: _mean_of_domains(row["heldout"]))
 
 
-def _looks_in_vain(log: Sequence[dict[str, Any]]) -> int:
-    """How often the held-out loss was looked at since it was least."""
+def _is_over(log: Sequence[dict[str, Any]], patience: int | None) -> bool:
+    """Whether the last row is a look at the held-out text, and it and `patience - 1` before it were in vain.
+
+    A function of the log alone, so that a run that was killed when it was over is over when it is resumed.
+    """
+    if patience is None or not log or "heldout" not in log[-1]:
+        return False
     rows = [row for row in log if "heldout" in row]
-    return len(rows) - 1 - rows.index(least_heldout(log))
+    return len(rows) - 1 - rows.index(least_heldout(log)) >= patience
 
 
 def _mean_of_domains(heldout: dict[str, Any]) -> float:

@@ -30,6 +30,7 @@ from solera_distill.config import (
     TuneConfig,
 )
 from solera_distill.pool import find_pool, pool_records, route_by_pool
+from solera_merge.moe.targets.choice import TARGETS
 
 if TYPE_CHECKING:
     from solera_distill.batches import Corpus
@@ -101,6 +102,8 @@ class _Training:
             self.teacher_checkpoints = list(self.pool.specialists.values())
         for checkpoint in (self.student, *self.teacher_checkpoints):
             _check_trainable(checkpoint, config.sequence_tokens)
+        if config.balance:
+            _check_balanced(self.student)
         self.keep = self._keep()
 
     def _keep(self) -> int | list[int] | None:
@@ -125,7 +128,8 @@ class _Training:
         parameters = sum(t.size for name, t in tensors if layer_of(name) is None)
         parameters += round(sum(t.size for name, t in tensors if layer_of(name) is not None) * kept / layers)
         out_bytes = parameters * (4 if self.dtype == "float32" else 2)
-        state_bytes = parameters * 12
+        best_bytes = parameters * 4 if config.keep_best else 0
+        state_bytes = parameters * 12 + best_bytes
         taught = {c.path: c for c in self.teacher_checkpoints}.values() if self.objective.kl else ()
         teacher_bytes = sum(t.size for c in taught for t in c.tensors.values())
         teacher_bytes *= 4 if config.precision == "float32" else 2
@@ -136,7 +140,7 @@ class _Training:
                 {"what": "weights", "bytes": out_bytes},
                 {"what": "state of the run, while it runs", "bytes": state_bytes},
             ],
-            memory_bytes=parameters * 16 + teacher_bytes + self._activation_bytes(kept),
+            memory_bytes=parameters * 16 + best_bytes + teacher_bytes + self._activation_bytes(kept),
             disk_bytes=out_bytes + 2 * state_bytes,
             parameters={
                 **_recipe(config),
@@ -444,6 +448,15 @@ def _check_trainable(checkpoint: Checkpoint, sequence_tokens: int) -> None:
         raise ConfigError(
             f"sequence_tokens: {sequence_tokens} is more than {checkpoint.ref} was made for "
             f"(max_position_embeddings {longest})"
+        )
+
+
+def _check_balanced(checkpoint: Checkpoint) -> None:
+    kind = text_config(checkpoint.config).get("model_type")
+    if kind not in TARGETS:
+        raise ConfigError(
+            f"balance: {checkpoint.ref} is a {kind}, no mixture of experts whose routers are known here "
+            f"({', '.join(TARGETS)}); leave balance out"
         )
 
 

@@ -28,8 +28,11 @@ def test_the_recipes_on_the_page_parse() -> None:
 def test_the_defaults_on_the_page_are_the_defaults() -> None:
     page = PAGE.read_text()
     fields = TuneConfig.model_fields
-    for key in ("sequence_tokens", "tokens_per_step", "micro_batch_tokens", "precision", "parts"):
+    keys = ("sequence_tokens", "tokens_per_step", "micro_batch_tokens", "precision", "parts", "balance", "keep_best")
+    for key in keys:
         assert f"| `{key}` | {fields[key].default} |" in page
+    assert fields["patience"].default is None
+    assert "| `patience` | null |" in page
     assert f"| `schedule`, `warmup`, `final_lr` | {fields['schedule'].default}, {fields['warmup'].default}" in page
     assert (fields["lr"].default, fields["save_every"].default) == (1e-3, 500_000)
     assert "| `lr` | 1e-3 |" in page

@@ -8,7 +8,7 @@ import pytest
 
 from solera_core.errors import ConfigError
 from solera_core.strict import parse
-from solera_merge.moe.config import MoeConfig, RouterConfig
+from solera_merge.moe.config import Healing, MoeConfig, RouterConfig, RouterTraining
 
 EXPERTS = [{"name": "math", "model": "m"}, {"name": "code", "model": "c"}]
 DATA = {"math": "math.jsonl", "code": [{"path": "code.jsonl", "limit": 5}, "more.txt"]}
@@ -86,11 +86,21 @@ def test_the_documented_recipe_is_valid() -> None:
         parse(MoeConfig, yaml.safe_load(snippet), where="docs/moe.md")
 
 
+_PARTS = {"": MoeConfig, "router": RouterConfig, "train": RouterTraining, "heal": Healing}
+
+
+def test_every_setting_is_documented() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "moe.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| `([\w.]+)` \|", text, flags=re.MULTILINE))
+    missing = {f"{part}.{name}".lstrip(".") for part, model in _PARTS.items() for name in model.model_fields} - rows
+    assert missing == {"router"}, "its settings have the rows"
+
+
 def test_the_documented_defaults_are_the_defaults() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "moe.md").read_text(encoding="utf-8")
     for key, default in re.findall(r"^\| `([\w.]+)` \| (\S+) \|", text, flags=re.MULTILINE):
-        model, field = (RouterConfig, key.removeprefix("router.")) if key.startswith("router.") else (MoeConfig, key)
-        value = model.model_fields[field].default
+        part, _, field = key.rpartition(".")
+        value = _PARTS[part].model_fields[field].default
         assert default == {None: "null"}.get(value, str(value)), key
 
 

@@ -18,6 +18,7 @@ from solera_core.data import DataSource
 from solera_core.strict import Strict, did_you_mean
 from solera_core.tokens import TokenCount
 from solera_merge.moe.mergekit import from_mergekit, is_mergekit
+from solera_merge.moe.sizes_config import SharedConfig, SlimConfig, size_problems
 from solera_merge.moe.trunk_config import Trunk, named_models, trunk_problems
 
 __all__ = [
@@ -155,6 +156,11 @@ class RouterConfig(Strict):
     temperature: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "auto"
     sequence_tokens: int = Field(default=256, ge=2)
 
+    @property
+    def held_out_tokens(self) -> int:
+        """Tokens of every domain that are measured on, at most."""
+        return max(round(self.tokens_per_domain * self.holdout / (1 - self.holdout)), 2)
+
 
 class RouterTraining(Strict):
     """Training of the router alone, on the text of all domains, by the loss of the language model.
@@ -164,7 +170,7 @@ class RouterTraining(Strict):
         lr: peak learning rate.
         balance: weight of the load-balancing loss, E * sum f_e P_e (arXiv 2101.03961).
         tokens_per_step: tokens of one optimizer step.
-        micro_batch_tokens: tokens in one forward pass at most; bounds memory only.
+        micro_batch_tokens: tokens in one forward pass at most; bounds memory. The load is counted in each by itself.
         patience: looks at the held-out text, of 20 in all, without a lower loss before it ends.
     """
 
@@ -218,6 +224,8 @@ class MoeConfig(Strict):
         experts: two or more specialists; with `extend` one or more.
         top_k: experts that work on a token.
         dtype: of everything written; null keeps the trunk's own, tensor by tensor.
+        shared: an expert that works on every token.
+        slim: experts with fewer neurons.
         router: how tokens find their experts.
         train: train the router on the text of `router.data` when it is made.
         heal: let the specialists teach the MoE, last.
@@ -233,6 +241,8 @@ class MoeConfig(Strict):
         "auto", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared", "flex_olmo", "olmoe"
     ] = "auto"
     engines: tuple[Literal["transformers", "vllm", "llama.cpp"], ...] = ("transformers", "vllm", "llama.cpp")
+    shared: SharedConfig | None = None
+    slim: SlimConfig | None = None
     router: RouterConfig = Field(default_factory=RouterConfig)
     train: RouterTraining | None = None
     heal: Healing | None = None
@@ -279,6 +289,9 @@ class MoeConfig(Strict):
                 problems.append("trunk: extend keeps the trunk of the MoE that it extends; remove one of the two")
             problems += extend_problems(self.router, names)
         problems += prompt_problems(self.experts, self.router.fit)
+        problems += size_problems(
+            self.shared, self.slim, has_text=bool(self.router.data), extends=self.extend is not None
+        )
         problems += trunk_problems(self.trunk, names, has_text=bool(self.router.data))
         problems += training_problems(self)
         if problems:

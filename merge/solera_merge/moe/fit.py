@@ -76,7 +76,6 @@ def encode_domains(
     tokenizer = load_tokenizer(inputs.trunk.checkpoint.path)
     length = min(config.sequence_tokens, int(inputs.trunk.fields["max_position_embeddings"]))
     tokenizer.model_max_length = 1 << 30  # long documents are cut into sequences here; its warning would mislead
-    held_out_tokens = max(round(config.tokens_per_domain * config.holdout / (1 - config.holdout)), 2)
     warnings: list[str] = []
     fits = config.fit in TEXT_FITS
 
@@ -84,7 +83,7 @@ def encode_domains(
         limit = config.tokens_per_domain * times
         fit, held_out = (
             tokenize(documents, tokenizer, limit=most, sequence_tokens=length, where=where, apart=apart)
-            for documents, most in ((domain.fit, limit), (domain.held_out, held_out_tokens * times))
+            for documents, most in ((domain.fit, limit), (domain.held_out, config.held_out_tokens * times))
         )
         _check_amount(fit, held_out, limit, inputs, where, fits=fits, warnings=warnings)
         return fit, held_out
