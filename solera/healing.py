@@ -93,7 +93,7 @@ def build_trained(config: MoeConfig, out: Path, ctx: Context) -> Path:
             start, compared = best_dense(config, work / "merges", here)
             recipe = _recipe(config, text, ctx, start=start)
             steps = {stage.name: stage.path for stage in run_recipe(recipe, work, ctx).stages}
-        checks = _checks(config, text, steps, compared, out, ctx)
+        checks = _checks(config, text, steps, compared, ctx)
         ctx.progress.note(checks.get("worth", "trained"))
         _write(config, steps, checks, out, ctx)
     except (KeyboardInterrupt, ResourceError):
@@ -212,7 +212,6 @@ def _checks(
     text: Mapping[str, tuple[str, str]],
     steps: Mapping[str, Path],
     compared: Mapping[str, Any],
-    out: Path,
     ctx: Context,
 ) -> dict[str, Any]:
     """What was measured on held-out text: nats a token, by domain and the mean over domains."""
@@ -241,7 +240,6 @@ def _checks(
     found["specialists"] = {"nll": own, "mean": rounded(_mean(own))}
     if "control" in steps:
         found["control"] = {
-            "kept": control_of(out).name,
             "started_as": compared["chosen"],
             "merges": compared["nll"],
             **_before_and_after(read_provenance(steps["control"])["checks"]),
