@@ -6,7 +6,7 @@ READY  := $(VENV)/.solera-ready
 # Test processes; each holds its own torch, so one a core.
 JOBS   ?= 2
 
-.PHONY: setup demo test check bench bench-merge clean
+.PHONY: setup demo test check bench bench-merge bench-moe clean
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +43,15 @@ bench-merge: setup
 	$(BIN)/python bench/merge.py --size big --methods linear slerp ties dare_ties
 	$(BIN)/python bench/merge.py --size big --methods linear --no-peer --cap 512
 	$(BIN)/python bench/merge.py --small-tensors
+
+# Mixtures of real fine-tunes beside everything else made of the same specialists. DATA holds the text and the 260K Llama
+# (see bench/moe_text.py); WORK is kept, so that a second start goes on where the first one stopped.
+DATA ?= ../shared/data
+WORK ?= runs/bench-moe
+bench-moe: setup
+	$(BIN)/python bench/moe.py --shared $(DATA) --work $(WORK) --seeds 0 1 2 --jobs $(JOBS)
+	$(BIN)/python bench/moe.py --shared $(DATA) --work $(WORK) --size large --seeds 0 --jobs $(JOBS)
+	$(BIN)/python bench/moe_build.py
 
 bench: setup
 	$(BIN)/python bench/start.py

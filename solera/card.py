@@ -28,10 +28,19 @@ from solera_core.version import __version__
 __all__ = ["MARK", "CardFacts", "base_model_relation", "render_card"]
 
 MARK: Final = "<!-- written by solera -->"  # a card that bears this may be replaced by the next one
-_TAGS: Final = {"merge": ["merge"], "moe": ["moe", "merge"], "distill": ["distilled"], "tune": ["fine-tuned"]}
+_TAGS: Final = {
+    "merge": ["merge"],
+    "moe": ["moe", "merge"],
+    "moe-prune": ["moe", "pruned"],
+    "moe-merge-experts": ["moe", "merge"],
+    "distill": ["distilled"],
+    "tune": ["fine-tuned"],
+}
 _KIND_WORDS: Final = {
     "merge": "a merge",
     "moe": "a mixture of experts built from dense models",
+    "moe-prune": "a mixture of experts from which experts were left out",
+    "moe-merge-experts": "a mixture of experts some of which were averaged",
     "distill": "a distilled model",
     "tune": "a fine-tune",
     "init": "a model trained from scratch",

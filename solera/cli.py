@@ -139,11 +139,31 @@ def _stage(
         return
     written = run_stage(kind, parsed, out, ctx)
     provenance = json.loads((written / "solera.json").read_text(encoding="utf-8"))
+    page = _moe_page(written, as_json=as_json) if kind == "moe" else {}
     _emit(
-        {"out": str(written), "kind": kind, "digest": provenance["digest"], "checks": provenance["checks"]},
+        {"out": str(written), "kind": kind, "digest": provenance["digest"], "checks": provenance["checks"], **page},
         as_json=as_json,
         text=f"{written}: written and checked ({provenance['digest'][:19]}...)",
     )
+
+
+def _moe_page(out: Path, *, as_json: bool) -> dict[str, str]:
+    """Write the page of a MoE that was measured, and print its table; where the page is."""
+    from solera.moe_report import page_beside, read_mixture, reading, summary_rows, worth
+    from solera.report import RunSummary, write_report
+
+    mixture = read_mixture(out, out.name)
+    if mixture is None:
+        return {}
+    page = page_beside(out)
+    write_report(RunSummary(title=f"mixture of experts: {out.name}", mixtures=[mixture]), page)
+    if not as_json:
+        from solera.console import print_rows
+
+        print_rows("on held-out text, less is better", summary_rows(mixture))
+        print("\n".join([*reading(mixture), worth(mixture)]))  # noqa: T201
+        print(f"{page}: the report")  # noqa: T201
+    return {"report": str(page)}
 
 
 def _show_plan(plan: Any, *, as_json: bool) -> None:
@@ -296,6 +316,11 @@ def extract_lora_command(
 
 
 app.command("moe")(_stage_command("moe", "Build a sparse mixture of experts out of dense specialists."))
+app.command("moe-prune")(_stage_command("moe-prune", "Leave out the experts of a MoE that add least (REAP)."))
+app.command("moe-merge-experts")(_stage_command("moe-merge-experts", "Average experts of a MoE that are alike."))
+app.command("moe-extract-lora")(
+    _stage_command("moe-extract-lora", "Write specialists as LoRA adapters of their base, with a router over requests.")
+)
 app.command("route")(_stage_command("route", "Fit a router that sends every request to one of several whole models."))
 app.command("distill")(_stage_command("distill", "Teach a student (or heal a mixture) by one or several teachers."))
 app.command("tune")(_stage_command("tune", "Fine-tune a base into a specialist."))

@@ -22,6 +22,7 @@ from solera.pipeline import run_recipe
 from solera.planning import combined, plan_stages
 from solera.preflight import check_inputs
 from solera.recipe import Recipe, parse_recipe
+from solera.stages import model_references
 from solera_core.checkpoint import open_checkpoint
 from solera_core.context import Context
 from solera_core.data import DataSource, Document, Text, encode
@@ -82,7 +83,9 @@ def build_trained(config: MoeConfig, out: Path, ctx: Context) -> Path:
         check_target(control_of(out), overwrite=ctx.overwrite)
     plan = plan_trained(config, ctx)
     work = out.parent / f".{out.name}.solera-stages"
-    check_apart(out, [Path(row["path"]) for row in plan.reads if row.get("kind") == "model"], [work])
+    models = [Path(row["path"]) for row in plan.reads if row.get("kind") == "model"]
+    for target in (out, control_of(out)) if has_control else (out,):
+        check_apart(target, models, [work])
     require_disk(out, plan.disk_bytes)
     try:
         text = _write_text(config, work / "text", ctx, most=config.router.held_out_tokens)
@@ -193,7 +196,7 @@ def _some_merge(config: MoeConfig) -> Mapping[str, Any] | None:
 
 
 def _here(settings: Any, ctx: Context, key: str = "") -> Any:
-    """Settings in which the names of finished stages are their directories."""
+    """Settings in which stages and directories are called by their paths, so that none is taken for a step of ours."""
     if isinstance(settings, Mapping):
         return {k: _here(v, ctx, k) for k, v in settings.items()}
     if isinstance(settings, list):
@@ -204,7 +207,8 @@ def _here(settings: Any, ctx: Context, key: str = "") -> Any:
 def _place(reference: str, ctx: Context) -> str:
     if (pair := split_adapter(reference, ctx)) is not None:
         return "+".join(_place(part, ctx) for part in pair)
-    return str(ctx.models[reference].resolve()) if reference in ctx.models else reference
+    place = ctx.models.get(reference, ctx.base_dir / Path(reference).expanduser())
+    return str(place.resolve()) if place.is_dir() else reference
 
 
 def _checks(
@@ -279,9 +283,10 @@ def _worth(found: Mapping[str, Any], size: float) -> str:
 def _write(config: MoeConfig, steps: Mapping[str, Path], checks: Mapping[str, Any], out: Path, ctx: Context) -> None:
     """Move what was made into place, with a record that tells all steps."""
     built = read_provenance(steps["built"])
-    written = {_place(ref, ctx): ref for ref in (str(config.base_model), *(e.model for e in config.experts))}
-    inputs = [InputRecord(**{**item, "ref": written.get(item["ref"], item["ref"])}) for item in built["inputs"]]
     recipe = config.model_dump(mode="json")
+    written = {_place(ref, ctx): ref for ref in model_references(config)}
+    built = _as_written(built, {**written, **{f"trunk: {place}": f"trunk: {ref}" for place, ref in written.items()}})
+    inputs = [InputRecord(**item) for item in built["inputs"]]
     with ExitStack() as targets:
         for name, target in (("control", control_of(out)), ("healed" if config.heal else "trained", out)):
             if name not in steps:
@@ -301,6 +306,15 @@ def _write(config: MoeConfig, steps: Mapping[str, Path], checks: Mapping[str, An
                 tensors=None,
                 checks={**said, **check_output(staging, trust_remote_code=ctx.trust_remote_code)},
             )
+
+
+def _as_written(value: Any, written: Mapping[str, str]) -> Any:
+    """A record in which models are called as the recipe calls them, not by where they were found."""
+    if isinstance(value, Mapping):
+        return {key: _as_written(item, written) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_written(item, written) for item in value]
+    return written.get(value, value) if isinstance(value, str) else value
 
 
 def _copy(made: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from solera.drawing import INK, LINE, MUTED, element, label, shorten, text_width
 from solera_core.places import Place
 
-__all__ = ["Panel", "heat_map", "heat_map_page"]
+__all__ = ["Panel", "heat_map", "heat_map_page", "ramp_colour"]
 
 _RAMP = ("#f4f7ec", "#cfe6d3", "#93cac9", "#4fa3c0", "#2c74a8", "#234c88", "#1b2a5c")
 _FONT = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
@@ -140,8 +140,8 @@ class _Scale:
         return self.low + share * (self.high - self.low)
 
 
-def _colour(share: float) -> tuple[str, str]:
-    """(fill, text on it)."""
+def ramp_colour(share: float) -> tuple[str, str]:
+    """(fill, text on it) of a share, 0 to 1."""
     place = min(max(share, 0.0), 1.0) * (len(_RAMP) - 1)
     left = min(int(place), len(_RAMP) - 2)
     part = place - left
@@ -172,7 +172,7 @@ class _Sheet:
         bar, height = min(260.0, self.width - 120.0), 12.0
         steps = 52
         for i in range(steps):
-            fill, _ = _colour((i + 0.5) / steps)
+            fill, _ = ramp_colour((i + 0.5) / steps)
             x = 16 + bar * i / steps
             self.parts.append(element("rect", x=x, y=self.y, width=bar / steps + 0.6, height=height, fill=fill))
         self.parts.append(element("rect", x=16.0, y=self.y, width=bar, height=height, fill="none", stroke=LINE))
@@ -257,7 +257,7 @@ class _Sheet:
             )
             return
         text = self.format_value(value)
-        fill, ink = _colour(self.scale.at(value))
+        fill, ink = ramp_colour(self.scale.at(value))
         tip = element("title", html.escape(f"{name}: {text}"))
         self.parts.append(
             element("rect", tip, x=x + 0.5, y=self.y + 0.5, width=width - 1, height=height - 1, fill=fill)

@@ -40,7 +40,8 @@ from solera_eval.config import EvalConfig
 
 __all__ = ["PlannedStage", "RunOutcome", "StageOutcome", "directory_digest", "plan_run", "run_recipe"]
 
-_TRAINING = ("init", "tune", "distill", "moe", "route")  # kinds of stage that learn from text
+# Kinds of stage that learn from text.
+_TRAINING = ("init", "tune", "distill", "moe", "moe-prune", "moe-merge-experts", "moe-extract-lora", "route")
 
 
 @dataclass(frozen=True)

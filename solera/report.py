@@ -7,11 +7,12 @@ The verdict comes first. Everything that came from outside (names, recipes, note
 import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solera.moe_report import Mixture, mixture_section
 from solera.results import (
     Mean,
     TaskResult,
@@ -95,6 +96,7 @@ class RunSummary:
         moe, control: names of the mixture and of the dense model taught for the same tokens; both given: they are
             compared.
         retention_of: what `retention` is measured against, in words.
+        mixtures: MoEs that have a report of their own.
     """
 
     title: str = "solera run"
@@ -109,6 +111,7 @@ class RunSummary:
     moe: str | None = None
     control: str | None = None
     retention_of: str = "the specialist's gain over the base, per domain"
+    mixtures: Sequence[Mixture] = ()
 
 
 # sentences --------------------------------------------------------------------------------------------------------
@@ -277,12 +280,19 @@ def write_report(run: RunSummary, path: Path) -> None:
         measurements=_measurements(run),
         heat=_heat(run),
         worth=moe_worth(run),
+        judged=bool(run.models or run.stages or not run.mixtures),
+        named=bool(run.stages),
+        mixtures=[_drawn(mixture_section(mixture), safe) for mixture in run.mixtures],
         plots=[(list(map(safe, drawings)), left_out) for drawings, left_out in _plots(run)],
         lineage=list(map(safe, _lineage(run))),
     )
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
+
+
+def _drawn(section: dict[str, Any], safe: Callable[[str], Any]) -> dict[str, Any]:
+    return section | {key: list(map(safe, section[key])) for key in ("rails", "maps")}
 
 
 @dataclass(frozen=True)

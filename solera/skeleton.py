@@ -57,9 +57,21 @@ def write_skeleton(stage: Stage, directory: Path, ctx: Context) -> None:
             inputs = open_inputs(config, ctx)
             trunk, experts, width = inputs.trunk, len(inputs.experts), inputs.width
             dtype = torch_dtype_name(trunk, config.dtype)
-            content = inputs.target.config(trunk.fields, Sizes(experts, config.top_k, width), dtype=dtype)
-            specs = moe_specs(inputs.target, trunk, experts=experts, width=width, dtype=config.dtype)
+            content = inputs.target.config(
+                trunk.fields, Sizes(experts, config.top_k, width, inputs.shared), dtype=dtype
+            )
+            specs = moe_specs(
+                inputs.target, trunk, experts=experts, width=width, dtype=config.dtype, shared=inputs.shared
+            )
             _write(directory, content, specs, trunk.checkpoint.sidecars)
+        case "moe-prune" | "moe-merge-experts":
+            from solera_merge.moe.size.shrink import shrunk_skeleton
+
+            _write(directory, *shrunk_skeleton(config, ctx))
+        case "moe-extract-lora":
+            from solera_merge.moe.size.low_rank import extract_skeleton
+
+            extract_skeleton(config, directory, ctx)
         case "route":
             from solera_merge.route.build import route_skeleton
 

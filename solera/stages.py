@@ -22,6 +22,7 @@ __all__ = [
     "References",
     "Stage",
     "all_problems",
+    "model_references",
     "parse_settings",
     "parse_stage",
     "plan_stage",
@@ -30,7 +31,20 @@ __all__ = [
     "stage_config",
 ]
 
-KINDS = ("init", "tune", "merge", "extract-lora", "moe", "route", "distill", "eval", "publish")
+KINDS = (
+    "init",
+    "tune",
+    "merge",
+    "extract-lora",
+    "moe",
+    "moe-prune",
+    "moe-merge-experts",
+    "moe-extract-lora",
+    "route",
+    "distill",
+    "eval",
+    "publish",
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,18 @@ def stage_config(kind: str) -> type[Strict]:
             from solera_merge.moe.config import MoeConfig
 
             return MoeConfig
+        case "moe-prune":
+            from solera_merge.moe.size.config import PruneConfig
+
+            return PruneConfig
+        case "moe-merge-experts":
+            from solera_merge.moe.size.config import MergeExpertsConfig
+
+            return MergeExpertsConfig
+        case "moe-extract-lora":
+            from solera_merge.moe.size.config import ExtractExpertsConfig
+
+            return ExtractExpertsConfig
         case "route":
             from solera_merge.route.config import RouteConfig
 
@@ -228,6 +254,14 @@ def _functions(kind: str, config: Strict) -> tuple[_Plan, _Run]:
 
             assert isinstance(config, MoeConfig)
             return (plan_trained, build_trained) if is_trained(config) else (plan_moe, build_moe)
+        case "moe-prune" | "moe-merge-experts":
+            from solera_merge.moe.size.shrink import build_shrunk, plan_shrunk
+
+            return plan_shrunk, build_shrunk
+        case "moe-extract-lora":
+            from solera_merge.moe.size.low_rank import extract_experts, plan_extract_experts
+
+            return plan_extract_experts, extract_experts
         case "route":
             from solera_merge.route.build import build_route, plan_route
 
@@ -253,24 +287,24 @@ def _references(kind: str, config: Strict) -> References:
             assert isinstance(config, PublishConfig)
             return References((config.model,), (), (config.when,) if config.when else ())
         case _:
-            models, sources = dict.fromkeys(_model_references(config)), dict.fromkeys(_sources(config))
+            models, sources = dict.fromkeys(model_references(config)), dict.fromkeys(_sources(config))
             return References(tuple(models), tuple(sources), tokenizers=_tokenizers(config, models))
 
 
 _MODEL_FIELDS = {"model", "base_model", "from_", "source_model", "extend"}
 
 
-def _model_references(value: Any, field: str = "") -> Iterable[str]:
+def model_references(value: Any, field: str = "") -> Iterable[str]:
     """Every string in a field that holds a model reference, anywhere below."""
     if isinstance(value, BaseModel):
         for name in type(value).model_fields:
-            yield from _model_references(getattr(value, name), name)
+            yield from model_references(getattr(value, name), name)
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _model_references(item)
+            yield from model_references(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _model_references(item, field)
+            yield from model_references(item, field)
     elif isinstance(value, str) and field in _MODEL_FIELDS:
         yield value
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from solera.console import stdout_console
+from solera.moe_report import Mixture, read_mixture
 from solera.pipeline import RunOutcome
 from solera.recipe import Recipe
 from solera.report import ModelSummary, Retention, RunSummary, StageSummary, rich_table, verdict_sentence, write_report
@@ -86,9 +87,17 @@ def summarise(recipe: Recipe, outcome: RunOutcome) -> Summary:
             environment=_environment(),
             moe=recipe.report.moe,
             control=recipe.report.control,
+            mixtures=_mixtures(outcome),
         ),
         outcome,
     )
+
+
+def _mixtures(outcome: RunOutcome) -> list[Mixture]:
+    """The MoEs that the run made, where they have a report."""
+    made = [s for s in outcome.stages if s.kind == "moe" and s.status != "held back"]
+    found = [read_mixture(stage.path, stage.name) for stage in made]
+    return [mixture for mixture in found if mixture is not None]
 
 
 def evaluated(recipe: Recipe, outcome: RunOutcome) -> Iterator[tuple[str, Path]]:

@@ -209,7 +209,8 @@ def write_route(
 def open_route(directory: Path, ctx: Context, *, places: Mapping[str, str | Path] | None = None) -> Route:
     """Open a route: its record and the headers of its models are read and checked; contents are not compared.
 
-    A reference is looked up among `ctx.models`, beside the route, from the folder it was written for, and on the hub.
+    A reference is looked up in the route's directory, among `ctx.models`, beside the route, from the folder it was
+    written for, and on the hub.
 
     Args:
         directory: of the route.
@@ -230,7 +231,8 @@ def open_route(directory: Path, ctx: Context, *, places: Mapping[str, str | Path
     records = [*content["specialists"], *([content["base"]] if content["base"] else [])]
     parts = {part for record in records for part in record["ref"].split("+") if "/" not in part and part}
     beside = {part: directory.parent / part for part in parts if (directory.parent / part).is_dir()}
-    here = replace(ctx, base_dir=base_dir, models={**beside, **ctx.models})
+    inside = {part: directory / part for part in parts if (directory / part).is_dir()}  # adapters come with it
+    here = replace(ctx, base_dir=base_dir, models={**beside, **ctx.models, **inside})
     problems: list[str] = []
 
     def opened(what: str, record: Mapping[str, Any]) -> Checkpoint | None:

@@ -135,7 +135,7 @@ def _hidden(model: type[BaseModel], data: Any, error: ValidationError) -> list[s
 def _at(data: Any, location: tuple[int | str, ...]) -> Any:
     """What is at a location; parts of it that are the tag of a union lead nowhere, and are passed over."""
     for part in location:
-        here = data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, list) else {}
+        here: Any = data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, list) else {}
         data = here.get(part, data)
     return data
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from solera_core.context import Context
 from solera_core.errors import InputError
-from solera_core.raw import open_values
+from solera_core.raw import open_tokenizer, open_values
 from solera_core.strict import without_unknown_keys
 from solera_merge.config import MergeConfig
 from solera_merge.methods.catalogue import METHODS
@@ -38,6 +38,9 @@ def examine(settings: Any, ctx: Context) -> list[str]:
                 open_values(ref, ctx, weights="later")
             except InputError as e:
                 problems.add(e)
+        for ref in dict.fromkeys(_tokenizers(settings)):
+            with problems.collected():
+                open_tokenizer(ref, ctx)
     return [str(problem) for problem in problems.found]
 
 
@@ -65,6 +68,15 @@ def _references(settings: Any) -> Iterator[str]:
         for key in _MODEL_KEYS:
             if isinstance(ref := mapping.get(key), str):
                 yield ref
+
+
+def _tokenizers(settings: Any) -> Iterator[str]:
+    if not isinstance(settings, Mapping):
+        return
+    tokenizer = settings.get("tokenizer")
+    for ref in (settings.get("tokenizer_source"), tokenizer.get("source") if isinstance(tokenizer, Mapping) else None):
+        if isinstance(ref, str) and ref not in ("base", "union", *_references(settings)):
+            yield ref
 
 
 def _mappings(value: Any) -> Iterator[dict[str, Any]]:

@@ -231,6 +231,23 @@ def test_experts_of_other_widths_are_padded_exactly(
     assert identity["ffn_distance"] == {"wide": None, "narrow": None}
 
 
+def test_half_precision_of_an_odd_width_is_proven_and_its_way_to_run_is_said(
+    tmp_path: Path, siblings: dict[str, Path], make_model: Callable[..., Path], build: Build
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    models = [
+        make_model(tmp_path / name, seed=i, intermediate_size=36) for i, name in enumerate(("base", "one", "two"))
+    ]
+    out = build(tmp_path / "moe", models[0], {"one": models[1], "two": models[2]}, dtype="bfloat16")
+    assert checks_of(out)["identity"]["agreement"] >= 0.9
+    (warning,) = [w for w in checks_of(out)["warnings"] if "no multiple of 8" in w]
+    assert 'experts_implementation="eager"' in warning
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out, dtype="auto", experts_implementation="eager")
+    assert bool(torch.isfinite(loaded(input_ids=torch.arange(20)[None]).logits).all())
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype_rounds_everything_once(tmp_path: Path, siblings: dict[str, Path], build: Build, dtype: str) -> None:
     import torch

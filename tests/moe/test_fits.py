@@ -381,6 +381,14 @@ def test_adding_an_expert_equals_building_all_at_once(
     assert [entry["name"] for entry in record["inputs"]] == ["extended", "signs", "text of signs"]
     assert record["checks"]["router"]["tokens_fit"] == checks_of(at_once)["router"]["tokens_fit"]
     assert list(record["checks"]["router"]["held_out_nll"]["domains"]) == ["signs"]
+    whole, report = checks_of(at_once)["report"], record["checks"]["report"]
+    assert report["missing"].keys() == {"base", "average", "model_router"}  # which are not there
+    for of in (whole["nll"]["moe"], whole["nll"]["oracle"], whole["nll"]["specialists"]["signs"]):
+        assert of["domains"]["signs"] < whole["nll"]["base"]["domains"]["signs"]
+    for kind in ("moe", "oracle"):
+        assert report["nll"][kind]["mean"] == pytest.approx(whole["nll"][kind]["domains"]["signs"], abs=1e-3)
+    assert report["trunk_loss"]["mean"]["value"] == pytest.approx(0, abs=1e-4)
+    assert report["recovered"] is None
 
 
 def test_an_extended_moe_can_be_extended_and_its_temperature_is_kept(

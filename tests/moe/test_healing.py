@@ -15,9 +15,10 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from solera.rebuild import rebuild
 from solera.stages import plan_stage, run_stage
 from solera_core.context import Context
-from solera_core.errors import ConfigError
+from solera_core.errors import ConfigError, TargetError
 from solera_core.provenance import read_provenance, verify
 from solera_core.strict import parse
 from solera_merge.moe.config import MoeConfig
@@ -166,3 +167,53 @@ def test_a_failure_leaves_nothing(config: MoeConfig, tmp_path: Path) -> None:
 
 def test_json_of_the_record_is_plain(healed: Path) -> None:
     assert "NaN" not in json.dumps(read_provenance(healed)["checks"])
+
+
+def test_models_may_be_called_like_our_steps_and_the_record_calls_them_so(
+    siblings: dict[str, Path], tuned: dict[str, Path], domain_text: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, path in (("base", siblings["base"]), ("start", tuned["letters"]), ("healed", tuned["digits"])):
+        shutil.copytree(path, tmp_path / name)
+    shutil.copytree(tuned["signs"], tmp_path / "control")
+    weight = {"parameters": {"weight": 1}}
+    recipe = {"merge_method": "linear", "models": [{"model": "letters", **weight}, {"model": "control", **weight}]}
+    raw = {
+        "base_model": "base",
+        "trunk": {"merge": recipe},
+        "experts": [{"name": "letters", "model": "start"}, {"name": "digits", "model": "healed"}],
+        "router": {
+            "data": {name: str(domain_text[name]) for name in ("letters", "digits")},
+            "tokens_per_domain": 1500,
+            "sequence_tokens": 64,
+        },
+        "heal": {"tokens": 1000, "tokens_per_step": 500},
+    }
+    config, ctx = parse(MoeConfig, raw, where="test"), Context(base_dir=tmp_path, threads=1)
+    out = run_stage("moe", config, tmp_path / "moe", ctx)
+    record = read_provenance(out)
+    models = {item["name"]: item["ref"] for item in record["inputs"] if item["digest"].startswith("blake3:")}
+    assert models == {"base": "base", "letters": "start", "digits": "healed", "trunk: control": "control"}
+    assert str(tmp_path) not in json.dumps(record["checks"]["trunk"])
+    assert rebuild(out, ctx).problems == ()
+
+
+def test_a_model_that_is_read_is_never_overwritten(
+    siblings: dict[str, Path], tuned: dict[str, Path], domain_text: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, path in (("base", siblings["base"]), ("a", tuned["letters"]), ("moe-control", tuned["digits"])):
+        shutil.copytree(path, tmp_path / name)
+        (tmp_path / name / "solera.json").write_text("{}")  # made by solera, so --overwrite may replace it
+    raw = {
+        "base_model": "base",
+        "experts": [{"name": "letters", "model": "a"}, {"name": "digits", "model": "moe-control"}],
+        "router": {
+            "data": {name: str(domain_text[name]) for name in ("letters", "digits")},
+            "tokens_per_domain": 1500,
+            "sequence_tokens": 64,
+        },
+    }
+    ctx = Context(base_dir=tmp_path, threads=1, overwrite=True)
+    for settings, out in (({"train": TRAIN}, "base"), ({"train": TRAIN}, "a"), ({"heal": HEAL}, "moe")):
+        with pytest.raises(TargetError, match="is the directory of the input"):
+            run_stage("moe", parse(MoeConfig, raw | settings, where="test"), tmp_path / out, ctx)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "a", "moe-control"}

@@ -88,7 +88,7 @@ def test_identical_experts_give_the_dense_logits(
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    out = build(tmp_path / "moe", pair["base"], {"base": pair["base"], "other": other})
+    out = build(tmp_path / "moe", pair["base"], {"untuned": pair["base"], "other": other})
     expected = logits(pair["base"])
     assert (logits(out) - expected).abs().max() <= 1e-5
     assert (logits(pair["a"]) - expected).abs().max() > 1e-2  # a sibling is far away: the test can fail

@@ -1,5 +1,7 @@
 """The statistics are of exactly what the routers of the finished MoE read."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,21 @@ def test_nan_states_name_layer_domain_and_document(siblings: dict[str, Path], tm
         layers.load(1).get_parameter("model.layers.0.self_attn.q_proj.weight").fill_(float("nan"))
     with pytest.raises(CheckpointError, match=r"data.0: text of a.jsonl:1 to a.jsonl:7 gives states .* layer 1"):
         statistics(siblings["base"], [expert], [text], tmp_path, layers)
+
+
+def test_one_layer_is_in_memory_at_a_time(
+    siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("solera_merge.moe.layers._KEEP_BYTES", 0)
+    base = read_dense("trunk", open_checkpoint(siblings["base"], Context()))
+    layers = dense_layers(base, base, tmp_path / "layer", threads=1)
+    gc.disable()  # whenever the interpreter would look for cycles
+    try:
+        first = weakref.ref(layers.load(0))
+        layers.load(1)
+        assert first() is None
+    finally:
+        gc.enable()
 
 
 def test_mean_nll_is_the_loss_of_transformers(siblings: dict[str, Path]) -> None:

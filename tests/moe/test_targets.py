@@ -91,7 +91,7 @@ def make_case(
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    experts = {"base": base, "other": other} if identical else {"other": other, "far": far}
+    experts = {"untuned": base, "other": other} if identical else {"other": other, "far": far}
     out = build(root / "moe", base, experts, target=target, top_k=2 if identical else 1)
     return {"target": target, "base": base, "far": far, "out": out}
 
@@ -238,8 +238,8 @@ def test_a_narrower_expert_is_padded_exactly(
     target, config = CASES[name]
     base = make_model(tmp_path / "base", **config)
     wide = make_model(tmp_path / "wide", seed=1, intermediate_size=64, **config)
-    identity = checks_of(build(tmp_path / "moe", base, {"base": base, "wide": wide}, target=target))["identity"]
-    assert identity["ffn_distance"] == {"base": 0.0, "wide": None}
+    identity = checks_of(build(tmp_path / "moe", base, {"untuned": base, "wide": wide}, target=target))["identity"]
+    assert identity["ffn_distance"] == {"untuned": 0.0, "wide": None}
     assert max(identity["specialists"].values()) <= 1e-5
 
 

@@ -1,6 +1,7 @@
 """The trunk: by name, by merge, by measurement."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from solera.rebuild import rebuild
 from solera_core.context import Context
 from solera_core.errors import CheckpointError, ConfigError
 from solera_core.strict import parse
@@ -24,8 +26,6 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 @pytest.fixture(scope="module")
 def tuned(specialists: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The specialists with attention of their own: each a little off the base's."""
-    import shutil
-
     root = tmp_path_factory.mktemp("tuned")
     for seed, (name, path) in enumerate(specialists.items()):
         shutil.copytree(path, root / name)
@@ -117,6 +117,9 @@ def test_the_plan_reads_headers_only(
         ("maths", r"trunk: 'maths' is no expert \(did you mean 'math'\?\)"),
         ("auto", "trunk: auto compares trunks on held-out text; give router.data"),
         ({"merge": {"merge_method": "tiez"}}, "trunk.merge.merge_method: unknown method 'tiez'"),
+        ({"merge": {"merge_method": ["ties"]}}, "trunk.merge.merge_method: "),
+        ({"merge": {}}, "trunk.merge.merge_method: field required"),
+        ({"merge": None}, "trunk.merge: input should be a valid dictionary"),
         ({"merg": {}}, r"trunk.merg: unknown key \(did you mean 'merge'\?\)"),
     ],
 )
@@ -150,3 +153,134 @@ def test_a_merge_of_another_depth_is_refused_and_leaves_nothing(
     with pytest.raises(CheckpointError, match="a trunk has the layers and the vocabulary of the base"):
         build_moe(moe_config(siblings["base"], tuned, trunk={"merge": recipe}), tmp_path / "moe", Context())
     assert list(tmp_path.iterdir()) == []
+
+
+def copied(source: Path, target: Path) -> Path:
+    """A copy of a checkpoint with two tokens swapped in its tokenizer."""
+    shutil.copytree(source, target)
+    file = target / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    one, two = list(vocabulary)[40:42]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    file.write_text(json.dumps(content))
+    return target
+
+
+def test_the_base_whose_tokenizer_is_written_must_fit_a_trunk_of_an_expert(
+    moe_config: Callable[..., MoeConfig], siblings: dict[str, Path], tuned: dict[str, Path], tmp_path: Path
+) -> None:
+    base = copied(siblings["base"], tmp_path / "base")
+    with pytest.raises(CheckpointError, match="2 tokens have other ids than in the trunk's"):
+        plan_moe(moe_config(base, tuned, trunk="digits"), Context())
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"merge_method": "linear", "parameters": {"weight": 1}, "tokenizer": {"source": "OTHER"}},
+        {"merge_method": "passthrough", "models": [{"model": "OTHER"}]},
+    ],
+)
+def test_a_merge_with_another_tokenizer_than_the_bases_is_refused(
+    recipe: dict[str, Any],
+    build: Callable[..., Path],
+    siblings: dict[str, Path],
+    tuned: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    other = copied(tuned["signs"], tmp_path / "other")
+    written = json.loads(json.dumps(recipe).replace("OTHER", str(other)))
+    with pytest.raises(CheckpointError, match=r"trunk: the MoE gets the tokenizer of .* and the merge has another one"):
+        build(tmp_path / "moe", siblings["base"], tuned, trunk={"merge": written})
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_errors_of_the_merge_say_whose_they_are(
+    moe_config: Callable[..., MoeConfig], siblings: dict[str, Path], tuned: dict[str, Path]
+) -> None:
+    with pytest.raises(ConfigError, match=r"trunk: parameters: linear needs `weight` for .*\ntrunk: parameters: "):
+        plan_moe(moe_config(siblings["base"], tuned, trunk={"merge": {"merge_method": "linear"}}), Context())
+
+
+def lora(path: Path, base: Path, seed: int) -> str:
+    """A reference to `base` under a small adapter on a projection of attention and one of the feed-forward network."""
+    path.mkdir()
+    draw = np.random.default_rng(seed)
+    stored = load_file(base / "model.safetensors")
+    tensors: dict[str, np.ndarray] = {}
+    for module in ("self_attn.q_proj", "mlp.up_proj"):
+        rows, columns = stored[f"model.layers.1.{module}.weight"].shape
+        where = f"base_model.model.model.layers.1.{module}"
+        tensors[f"{where}.lora_A.weight"] = draw.standard_normal((2, columns)).astype(np.float32)
+        tensors[f"{where}.lora_B.weight"] = 0.1 * draw.standard_normal((rows, 2)).astype(np.float32)
+    save_file(tensors, path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "up_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    return f"{base}+{path}"
+
+
+def test_adapters_are_merged_into_trunks_and_all_are_in_the_record(
+    moe_config: Callable[..., MoeConfig], build: Callable[..., Path], siblings: dict[str, Path], tmp_path: Path
+) -> None:
+    base = siblings["base"]
+    one, two, other = (lora(tmp_path / f"lora{seed}", base, seed) for seed in range(3))
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": ref, "parameters": {"weight": 1}} for ref in ("one", other)],
+    }
+    experts: dict[str, Any] = {"one": one, "two": two}
+    out = build(tmp_path / "moe", base, experts, trunk={"merge": recipe})
+    expected = []
+    for seed in (0, 2):
+        adapter = load_file(tmp_path / f"lora{seed}" / "adapter_model.safetensors")
+        a, b = (adapter[f"base_model.model.{Q.removesuffix('.weight')}.lora_{x}.weight"] for x in "AB")
+        expected.append(attention(base) + b @ a)
+    np.testing.assert_allclose(attention(out), np.mean(expected, axis=0), atol=1e-6)
+    inputs = json.loads((out / "solera.json").read_text())["inputs"]
+    assert [item["ref"] for item in inputs] == [str(base), one, two, other]  # one base, three adapters
+    assert inputs[-1]["name"] == f"trunk: {other}"
+    plan = plan_moe(moe_config(base, experts, trunk={"merge": recipe}), Context())
+    assert [row["ref"] for row in plan.reads if row["what"] == "trunk"] == [other]
+
+
+def test_the_same_recipe_makes_the_same_bytes(
+    build: Callable[..., Path],
+    siblings: dict[str, Path],
+    tuned: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    out = build(tmp_path / "moe", siblings["base"], tuned, trunk="average")
+    assert rebuild(out, Context()).problems == ()
+
+
+def test_an_average_of_other_widths_is_refused(
+    moe_config: Callable[..., MoeConfig], siblings: dict[str, Path], tuned: dict[str, Path], tmp_path: Path
+) -> None:
+    narrow = tmp_path / "narrow"
+    shutil.copytree(tuned["digits"], narrow)
+    tensors = load_file(narrow / "model.safetensors")
+    for name, value in tensors.items():
+        if ".mlp." in name:
+            tensors[name] = np.ascontiguousarray(value[:, :8] if "down_proj" in name else value[:8])
+    save_file(tensors, narrow / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps({**settings, "intermediate_size": 8}))
+    experts = {"letters": tuned["letters"], "narrow": narrow}
+    with pytest.raises(CheckpointError, match=r"trunk: .*mlp.*shapes differ"):
+        plan_moe(moe_config(siblings["base"], experts, trunk="average"), Context())
+    assert plan_moe(moe_config(siblings["base"], experts, trunk="narrow"), Context()).rows
+
+
+def test_a_nan_in_a_model_of_the_merge_is_named(
+    build: Callable[..., Path], siblings: dict[str, Path], tuned: dict[str, Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tuned["digits"], broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors[Q][0, 0] = np.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    experts = {"letters": tuned["letters"], "broken": broken}
+    with pytest.raises(CheckpointError, match=rf"{Q}.* holds nan at \(0, 0\)"):
+        build(tmp_path / "moe", siblings["base"], experts, trunk="average")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]

@@ -37,3 +37,6 @@ def test_a_recipe_that_is_wrong_does_not_hide_its_models(siblings: dict[str, Pat
     assert "'none' not found" in found[1]
     assert len(found) == 2
     assert len(problems("[]\n")) == 1
+    found = problems(f"merge_method: tis\nmodels: [{{model: {a}}}]\ntokenizer_source: none\n")
+    assert "'none' not found" in found[1]
+    assert len(found) == 2

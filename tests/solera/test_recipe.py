@@ -8,6 +8,7 @@ import yaml
 
 from solera.recipe import load_recipe, parse_recipe
 from solera.schema import schema
+from solera.stages import KINDS
 from solera_core.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -100,10 +101,7 @@ def test_every_shipped_recipe_is_valid(path: Path) -> None:
 def test_the_schema_describes_the_shipped_recipes() -> None:
     whole = schema("recipe")
     assert whole["properties"]["stages"]["additionalProperties"]["oneOf"]
-    known = {
-        kind: set(whole["$defs"][kind]["properties"])
-        for kind in ("init", "tune", "merge", "extract-lora", "moe", "route", "distill", "eval", "publish")
-    }
+    known = {kind: set(whole["$defs"][kind]["properties"]) for kind in KINDS}
     for path in RECIPES.glob("*.yml"):
         for node in yaml.safe_load(path.read_text())["stages"].values():
             ((kind, settings),) = node.items()

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,15 @@ from solera_merge.moe.fit import (
 from solera_merge.moe.identity import Identity, check_identity, checked_parameters
 from solera_merge.moe.inputs import Inputs, open_inputs
 from solera_merge.moe.layers import layer_bytes
+from solera_merge.moe.model_router import DOCUMENTS_FIT, REQUEST_TOKENS
 from solera_merge.moe.prompts import PROMPT_FITS, prompt_routers
+from solera_merge.moe.report import report_moe
+from solera_merge.moe.sizes import resize
 from solera_merge.moe.statistics_file import STATISTICS_FILE, statistics_bytes
 from solera_merge.moe.targets.target import Piece
 from solera_merge.moe.trunk import PlannedTrunk, make_trunk, plan_trunk
 from solera_merge.moe.tune import TRIALS, tune_routers
-from solera_merge.moe.write import moe_specs, replace_routers, write_moe
+from solera_merge.moe.write import moe_specs, replace_routers, torch_dtype_name, write_moe
 
 __all__ = ["build_moe", "plan_moe"]
 
@@ -70,7 +73,8 @@ def build_moe(config: MoeConfig, out: Path, ctx: Context) -> Path:
     """
     check_target(out, overwrite=ctx.overwrite)
     inputs, text, merged, warnings = _open(config, ctx)
-    models = [dense.checkpoint for dense in (inputs.base, *inputs.experts)]
+    also = (inputs.shared_model,) if inputs.shared_model else ()
+    models = [dense.checkpoint for dense in (inputs.base, *inputs.experts, *also)]
     directories = [directory for model in (*models, *merged.models) for directory in model.directories]
     sources = (data_path(source, ctx.base_dir) for _, source in _sources(config.router))
     check_apart(out, directories, [path for path in sources if path is not None])
@@ -136,6 +140,12 @@ def _open(config: MoeConfig, ctx: Context) -> tuple[Inputs, _Text, PlannedTrunk,
         warnings += found
     if router.unlabelled:
         ((unlabelled,), _) = read_domains({"unlabelled": router.unlabelled}, key="router", **options)
+    if inputs.shared_model is not None and config.shared is not None:
+        warnings.append(
+            f"shared: {config.shared.model} adds to every token's output, times {config.shared.residual_scale:g}, and "
+            f"the routed experts count {config.shared.routed_scale:g}: that is not what the specialists compute; "
+            "checks.sizes in solera.json says what it costs, where there is router.data"
+        )
     if router.fit == "none":
         warnings.append(
             "router.fit: none: the rows are zero, so every token goes to the same experts with equal weights; put "
@@ -145,6 +155,12 @@ def _open(config: MoeConfig, ctx: Context) -> tuple[Inputs, _Text, PlannedTrunk,
         warnings.append(
             f"router.fit: {router.fit}: a router made of a few prompts knows little of the domains; text of every "
             "domain and fit: ridge route far better"
+        )
+    stored = torch_dtype_name(inputs.trunk, config.dtype)
+    if inputs.width % 8 and stored != "float32":
+        warnings.append(
+            f"in {stored} transformers' default kernel for experts refuses a width that is no multiple of 8, and here "
+            f'it is {inputs.width}: load the MoE with experts_implementation="eager", or in float32'
         )
     trunk = inputs.trunk.stored
     unused = [info.nbytes for name, info in trunk.tensors.items() if not is_ffn(name)]
@@ -159,14 +175,17 @@ def _open(config: MoeConfig, ctx: Context) -> tuple[Inputs, _Text, PlannedTrunk,
 
 def _plan(config: MoeConfig, inputs: Inputs, text: _Text, merged: PlannedTrunk, warnings: Sequence[str]) -> Plan:
     trunk, experts = inputs.trunk, len(inputs.experts)
-    specs = moe_specs(inputs.target, trunk, experts=experts, width=inputs.width, dtype=config.dtype)
+    specs = moe_specs(
+        inputs.target, trunk, experts=experts, width=inputs.width, dtype=config.dtype, shared=inputs.shared
+    )
     total = sum(spec.size for spec in specs)
-    pieces = inputs.target.pieces(trunk.fields, experts=experts, width=inputs.width)
+    pieces = inputs.target.pieces(trunk.fields, experts=experts, width=inputs.width, shared=inputs.shared)
     in_experts = sum(math.prod(piece.block) for piece in pieces if piece.expert is not None)
     dtypes = {spec.name: spec.dtype for spec in specs}
     output_bytes = sum(spec.nbytes for spec in specs)
     dense = sum(
-        math.prod(shape) for shape in dense_shapes({**trunk.fields, "intermediate_size": inputs.width}).values()
+        math.prod(shape)
+        for shape in dense_shapes({**trunk.fields, "intermediate_size": max(e.width for e in inputs.experts)}).values()
     )
     costs = _costs(config, inputs, text, dense_bytes=4 * dense)
     return Plan(
@@ -175,6 +194,8 @@ def _plan(config: MoeConfig, inputs: Inputs, text: _Text, merged: PlannedTrunk, 
             _read_of(trunk, ffn=False),
             *([_read_of(inputs.base, ffn=False)] if trunk is not inputs.base else []),
             *(_read_of(expert, ffn=True) for expert in inputs.experts),
+            *([_read_of(inputs.shared_model, ffn=True)] if inputs.shared_model else []),
+            *(_merged_of(model) for model in merged.models),
             *(_text_of(domain, config.router.data[domain.name]) for domain in text.domains),
             *([_text_of(text.unlabelled, config.router.unlabelled)] if text.unlabelled else []),
         ],
@@ -190,6 +211,7 @@ def _plan(config: MoeConfig, inputs: Inputs, text: _Text, merged: PlannedTrunk, 
             "target": inputs.target.name,
             "engine_matrix": _matrix(inputs),
             "expert_width": inputs.width,
+            "shared_width": inputs.shared,
             "parameters_total": total,
             "parameters_active": total - in_experts + in_experts // experts * config.top_k,
         },
@@ -229,12 +251,13 @@ def _costs(config: MoeConfig, inputs: Inputs, text: _Text, *, dense_bytes: int) 
         memory = max(memory, dense_bytes)
         scratch = max(scratch, dense_bytes if needs_trunk_copy(inputs) else 0)
     if text:
-        layer = layer_bytes(inputs.target, inputs.trunk, experts=experts, width=inputs.width)
+        layer = layer_bytes(inputs.target, inputs.trunk, experts=experts, width=inputs.width, shared=inputs.shared)
         memory = max(memory, 2 * layer + 4 * 8 * width**2)
         domains = len(text.domains) + experts * (text.unlabelled is not None)
         tokens = router.tokens_per_domain * domains
         tried = round(tokens * router.holdout / (1 - router.holdout)) * TRIALS
-        scratch = max(scratch, layer + 4 * width * max(2 * tokens, tried))
+        requests = sum(len(domain.held_out) + DOCUMENTS_FIT for domain in text.domains) * REQUEST_TOKENS
+        scratch = max(scratch, layer + 4 * width * max(2 * tokens, tried, requests))
     if text.domains and router.fit in TEXT_FITS and router.fit != "nll":
         said = about(inputs, "sha256:" + "0" * 64)
         sums = statistics_bytes(layers=inputs.trunk.layers, width=width, experts=inputs.names, about=said)
@@ -258,13 +281,21 @@ def _read_of(model: Dense, *, ffn: bool) -> dict[str, Any]:
         "path": str(model.stored.path),
         "bytes": sum(info.nbytes for info in tensors.values()),  # all of it, for the digest in solera.json
         "bytes_used": sum(info.nbytes for name, info in tensors.items() if is_ffn(name) == ffn),
+        "kind": "model",
         "ref": model.stored.ref,
         "family": model.family,
         "ffn_width": model.width,
     }
 
 
+def _merged_of(model: Checkpoint) -> dict[str, Any]:
+    size = sum(info.nbytes for info in model.tensors.values())
+    return {"what": "trunk", "path": str(model.path), "bytes": size, "kind": "model", "ref": model.ref}
+
+
 def _giver(inputs: Inputs, piece: Piece) -> str:
+    if piece.shared:
+        return "shared"
     if piece.source is None:
         return "zeros" if piece.zero else "router"
     return "trunk" if piece.expert is None else inputs.names[piece.expert]
@@ -277,6 +308,8 @@ def _matrix(inputs: Inputs) -> dict[str, str]:
 def _records(config: MoeConfig, inputs: Inputs, merged: PlannedTrunk, ctx: Context) -> list[InputRecord]:
     models = list(zip(inputs.names, inputs.experts, strict=True))
     models = models[len(inputs.old.names) :] if inputs.old else [("base", inputs.base), *models]
+    if inputs.shared_model is not None:
+        models.append(("shared", inputs.shared_model))
     given = [(name, model.stored) for name, model in models] + [(f"trunk: {m.ref}", m) for m in merged.models]
     with ThreadPoolExecutor(ctx.threads or min(os.cpu_count() or 1, 4)) as pool:
         records = list(pool.map(lambda pair: input_record(pair[1], pair[0]), given))
@@ -316,6 +349,9 @@ def _build(
     held_out = calibration.held_out if calibration is not None else ()
     (staging / ".trunks").mkdir()
     inputs, trunk = make_trunk(config, inputs, held_out, staging / ".trunks", ctx)
+    (staging / ".sizes").mkdir()
+    specialists = inputs.experts
+    inputs, sizes = resize(config, inputs, calibration, staging / ".sizes", ctx)
     asked = config.router.temperature
     drawn = random_routers(config, inputs, seed=ctx.seed)
     # The routers come last: writing finds damaged inputs, and the identity check holds for any router, so both fail
@@ -344,9 +380,37 @@ def _build(
     weights = trunk_digest(digests, inputs.target, open_checkpoint(staging, Context()))
     routers, facts = _routers(config, inputs, calibration, staging, ctx, drawn=drawn, weights=weights)
     digests |= routers
+    report = _report(replace(inputs, experts=specialists), text, calibration, staging, ctx)
     shutil.rmtree(staging / ".trunks")
-    said = {"trunk": trunk, "target": inputs.target.name, "engines": _matrix(inputs)}
-    return checks | said | {"identity": identity.to_json(), "router": facts, "warnings": [*warnings, *found]}, digests
+    shutil.rmtree(staging / ".sizes")
+    said = {
+        "trunk": trunk,
+        "target": inputs.target.name,
+        "engines": _matrix(inputs),
+        **sizes,
+        "identity": identity.to_json(),
+        "router": facts,
+        **report,
+        "warnings": [*warnings, *found],
+    }
+    return checks | said, digests
+
+
+def _report(
+    inputs: Inputs, text: _Text, calibration: Calibration | None, staging: Path, ctx: Context
+) -> dict[str, Any]:
+    """`report`, where there is held-out text of the experts' domains."""
+    if calibration is None or not calibration.held_out:
+        return {}
+    scratch = staging / ".report"
+    scratch.mkdir()
+    try:
+        report = report_moe(staging, inputs, text.domains, calibration, scratch=scratch, ctx=ctx)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    for warning in report["warnings"]:
+        ctx.progress.note(f"warning: {warning}")
+    return {"report": report}
 
 
 def _routers(
@@ -410,7 +474,9 @@ def _equal_experts(inputs: Inputs, staging: Path, digests: Mapping[str, str]) ->
     """Experts of different models whose feed-forward networks are the same: what was tuned is not in the MoE."""
     networks: list[list[str]] = [[] for _ in inputs.names]
     written = open_checkpoint(staging, Context())
-    for piece in inputs.target.pieces(inputs.trunk.fields, experts=len(inputs.names), width=inputs.width):
+    for piece in inputs.target.pieces(
+        inputs.trunk.fields, experts=len(inputs.names), width=inputs.width, shared=inputs.shared
+    ):
         if piece.expert is not None:
             size = math.prod(piece.block)
             alone = piece.block == piece.shape  # else all experts lie in one tensor

@@ -18,6 +18,7 @@ from solera_core.data import DataSource
 from solera_core.strict import Strict, did_you_mean
 from solera_core.tokens import TokenCount
 from solera_merge.moe.mergekit import from_mergekit, is_mergekit
+from solera_merge.moe.sizes_config import SharedConfig, SlimConfig, size_problems
 from solera_merge.moe.trunk_config import Trunk, named_models, trunk_problems
 
 __all__ = [
@@ -223,6 +224,8 @@ class MoeConfig(Strict):
         experts: two or more specialists; with `extend` one or more.
         top_k: experts that work on a token.
         dtype: of everything written; null keeps the trunk's own, tensor by tensor.
+        shared: an expert that works on every token.
+        slim: experts with fewer neurons.
         router: how tokens find their experts.
         train: train the router on the text of `router.data` when it is made.
         heal: let the specialists teach the MoE, last.
@@ -238,6 +241,8 @@ class MoeConfig(Strict):
         "auto", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared", "flex_olmo", "olmoe"
     ] = "auto"
     engines: tuple[Literal["transformers", "vllm", "llama.cpp"], ...] = ("transformers", "vllm", "llama.cpp")
+    shared: SharedConfig | None = None
+    slim: SlimConfig | None = None
     router: RouterConfig = Field(default_factory=RouterConfig)
     train: RouterTraining | None = None
     heal: Healing | None = None
@@ -284,6 +289,9 @@ class MoeConfig(Strict):
                 problems.append("trunk: extend keeps the trunk of the MoE that it extends; remove one of the two")
             problems += extend_problems(self.router, names)
         problems += prompt_problems(self.experts, self.router.fit)
+        problems += size_problems(
+            self.shared, self.slim, has_text=bool(self.router.data), extends=self.extend is not None
+        )
         problems += trunk_problems(self.trunk, names, has_text=bool(self.router.data))
         problems += training_problems(self)
         if problems:

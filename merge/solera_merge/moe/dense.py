@@ -30,6 +30,8 @@ class Dense:
         checkpoint: the same under the names of a Llama: fused matrices split, folded norms as plain ones.
         family: its model_type.
         fields: every config field that matters, resolved; `rope_parameters` holds all of the rotary embedding.
+        split: where some of its neurons go into a shared expert: the same model with only the neurons that stay, and
+            with only those; together, in this order, they are the neurons of this one.
     """
 
     name: str
@@ -37,6 +39,12 @@ class Dense:
     checkpoint: Checkpoint
     family: str
     fields: Mapping[str, Any]
+    split: "tuple[Dense, Dense] | None" = None
+
+    @property
+    def routed(self) -> "Dense":
+        """What of it becomes an expert."""
+        return self.split[0] if self.split else self
 
     @property
     def tied(self) -> bool:

@@ -72,6 +72,8 @@ def open_old(ref: str, ctx: Context) -> Old:
     where = f"extend: {built.path}"
     if record["kind"] != "moe" or built.config.get("model_type") not in TARGETS:
         raise CheckpointError(f"{where}: is not a MoE that `solera moe` built (its kind is {record['kind']!r})")
+    if record["recipe"].get("shared"):
+        raise CheckpointError(f"{where}: has a shared expert, which a new expert's neurons are not in; build anew")
     target = TARGETS[built.config["model_type"]]
     statistics = StatisticsReader.open(built.path)
     names, about = statistics.experts, statistics.about

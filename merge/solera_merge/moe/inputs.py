@@ -1,5 +1,7 @@
 """Opening trunk and experts, and everything about them that headers can settle."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +49,15 @@ class Inputs:
             stands in for it: it has the same tensors.
         experts: in the order of the recipe.
         names: of the experts.
-        width: of the widest expert; narrower ones are padded with zeros, which changes nothing they compute.
+        width: of the routed experts: of the widest one, or what `shared` and `slim` leave of it; narrower ones are
+            padded with zeros, which changes nothing they compute.
         target: the format that the MoE is written in.
         verdicts: what every engine makes of it there.
         warnings: what a careful person would want to know.
         old: the MoE that is extended, which gives the trunk and the first experts; None: all are specialists.
+        shared: width of the shared expert; 0: there is none.
+        shared_model: that the shared expert is, where it is a whole model.
+        copied: the trunk as an expert, where experts are split; None: the trunk itself.
     """
 
     base: Dense
@@ -63,6 +69,9 @@ class Inputs:
     verdicts: tuple[Verdict, ...]
     warnings: tuple[str, ...]
     old: Old | None = None
+    shared: int = 0
+    shared_model: Dense | None = None
+    copied: Dense | None = None
 
     def is_old(self, name: str) -> bool:
         """Whether an expert comes from the MoE that is extended."""
@@ -88,6 +97,9 @@ def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
     trunk = given.get(config.trunk, base) if isinstance(config.trunk, str) else base
     check_tokenizer(base.checkpoint)
     warnings = _check_distinct(config, base, added, ctx)
+    if trunk is not base:  # whose tokenizer the MoE gets
+        _check_fits(trunk, base)
+        warnings += compare_tokenizers(trunk.checkpoint, base.checkpoint, "base")
     for expert, model in zip(config.experts, added, strict=True):
         _check_fits(trunk, model)
         warnings += compare_tokenizers(trunk.checkpoint, model.checkpoint, expert.name)
@@ -99,13 +111,50 @@ def open_inputs(config: MoeConfig, ctx: Context) -> Inputs:
         ]
     experts = (*(old.experts if old else ()), *added)
     names = (*(old.names if old else ()), *(e.name for e in config.experts))
-    width = max(expert.width for expert in experts)
-    sizes = Sizes(len(experts), config.top_k, width)
+    shared_model = None
+    if config.shared is not None and config.shared.model is not None:
+        shared_model = read_dense("shared", open_checkpoint(config.shared.model, ctx))
+        _check_fits(trunk, shared_model)
+        warnings += compare_tokenizers(trunk.checkpoint, shared_model.checkpoint, "shared")
+    width, shared = _widths(config, base, experts, shared_model)
+    sizes = Sizes(len(experts), config.top_k, width, shared)
     where = f"trunk: {trunk.config_file}"
     asked = config.target if old is None else old.target.name
     target, doubts = choose(asked, config.engines, trunk.fields, sizes, where=where)
     verdicts = target.verdicts(trunk.fields, sizes)
-    return Inputs(base, trunk, experts, names, width, target, tuple(verdicts), (*warnings, *doubts), old)
+    return Inputs(
+        base, trunk, experts, names, width, target, tuple(verdicts), (*warnings, *doubts), old, shared, shared_model
+    )
+
+
+def _widths(config: MoeConfig, base: Dense, experts: Sequence[Dense], shared_model: Dense | None) -> tuple[int, int]:
+    """Width of the routed experts and of the shared one."""
+    width, shared = max(expert.width for expert in experts), 0
+    if shared_model is not None:
+        shared = shared_model.width
+    elif config.shared is not None and config.shared.neurons is not None:
+        for model in (base, *experts):
+            if model.width != experts[0].width:
+                raise CheckpointError(
+                    f"shared.neurons: {model.name} ({model.config_file}) is {model.width} neurons wide, "
+                    f"{experts[0].name} {experts[0].width}; only models of one width have neurons in common. Use "
+                    "shared.model, or slim"
+                )
+        shared = _share_of(width, config.shared.neurons)
+        width -= shared
+    if config.slim is not None:
+        width = _share_of(width, config.slim.keep)
+    return width, shared
+
+
+def _share_of(width: int, share: float) -> int:
+    """So many neurons, neither none nor all.
+
+    A multiple of 8, without which transformers' kernels for experts refuse half precision; of wide networks one of 32,
+    which quantised formats store; as far as the width itself is one.
+    """
+    step = math.gcd(width, 32 if width >= 1024 else 8)
+    return min(max(round(share * width / step) * step, step), width - step)
 
 
 def _check_extension(old: Old, config: MoeConfig) -> None:

@@ -199,10 +199,10 @@ def moe_layers(built: "Checkpoint", scratch: Path) -> Layers:
     )
 
 
-def layer_bytes(target: Target, trunk: Dense, *, experts: int, width: int) -> int:
+def layer_bytes(target: Target, trunk: Dense, *, experts: int, width: int, shared: int = 0) -> int:
     """Bytes in float32 of the largest part that `moe_layers` loads: one layer, embedding and head."""
     part = Part([0], int(trunk.fields["vocab_size"]))
-    pieces = target.pieces(part.fields(trunk.fields), experts=experts, width=width)
+    pieces = target.pieces(part.fields(trunk.fields), experts=experts, width=width, shared=shared)
     return 4 * sum(math.prod(piece.block) for piece in pieces)
 
 

@@ -31,16 +31,13 @@ def from_mergekit(settings: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: what solera does otherwise on purpose (see docs/parity.md), with the way out.
     """
     rest = dict(settings)
-    if rest.pop("shared_experts", None):
-        raise ValueError(
-            "shared_experts: an expert that is added to every token's output changes what the specialists compute; "
-            "remove it: target qwen2_moe is built without one"
-        )
+    shared = _shared(rest.pop("shared_experts", None))
     mode = rest.pop("gate_mode", "hidden")
     if mode not in _MODES:
         raise ValueError(f"gate_mode: {mode!r} is none of {', '.join(_MODES)}")
     found: dict[str, Any] = {
         **({"base_model": rest.pop("base_model")} if "base_model" in rest else {}),
+        **({"shared": shared} if shared else {}),
         "router": {"fit": f"mergekit_{'hidden' if mode == 'hidden_last' else mode}"},
         **({"top_k": rest.pop("experts_per_token")} if "experts_per_token" in rest else {}),
     }
@@ -56,6 +53,24 @@ def from_mergekit(settings: Mapping[str, Any]) -> dict[str, Any]:
             for name, expert in zip(names, experts, strict=False)
         ]
     return {**found, "experts": experts, **rest}
+
+
+def _shared(experts: Any) -> dict[str, Any] | None:
+    """Its shared expert: added to what the routed ones give, times a factor.
+
+    There the factor is a sigmoid of the prompts' vector; here it is that of zero, one half, for every token.
+    """
+    if not experts:
+        return None
+    if not isinstance(experts, list) or len(experts) > 1 or not isinstance(experts[0], Mapping):
+        raise ValueError("shared_experts: one is possible, as a list of one")
+    rest = {key: value for key, value in experts[0].items() if key not in ("positive_prompts", "negative_prompts")}
+    if rest.pop("noise_scale", None):
+        raise ValueError("shared_experts: noise_scale: a shared expert is taken as it is; remove it")
+    scale = rest.pop("residual_scale", None)
+    scale = 1.0 if scale is None else scale
+    half = scale / 2 if isinstance(scale, int | float) else scale
+    return {"model": rest.pop("source_model", None), "residual_scale": half, "routed_scale": 1.0, **rest}
 
 
 def _target(architecture: str) -> str:

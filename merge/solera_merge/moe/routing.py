@@ -13,7 +13,7 @@ from solera_merge.moe.targets.choice import target_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["first_choices", "forced_route", "mean_nll", "set_routers"]
+__all__ = ["choices", "first_choices", "forced_route", "mean_nll", "set_routers"]
 
 
 @contextmanager
@@ -46,6 +46,20 @@ def first_choices(model: "PreTrainedModel", experts: int) -> Iterator[np.ndarray
 
     with _hooked(model, count):
         yield counts_LE
+
+
+@contextmanager
+def choices(model: "PreTrainedModel") -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """Inside, keeps the logits (N, E) of every call of a router and the experts that are chosen (N, k), best first."""
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def hook(module: Any, inputs: Any, output: Any) -> None:
+        # What a router returns as logits are, in some classes, probabilities: so they are computed anew.
+        rows_ND = inputs[0].reshape(-1, module.weight.shape[1])
+        seen.append(((rows_ND @ module.weight.T).float().numpy(), output[2].numpy()))
+
+    with _hooked(model, lambda _: hook):
+        yield seen
 
 
 def set_routers(model: "PreTrainedModel", routers: Sequence[np.ndarray]) -> None:

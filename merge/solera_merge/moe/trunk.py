@@ -25,6 +25,7 @@ from solera_merge.moe.config import MoeConfig
 from solera_merge.moe.dense import Dense, read_dense
 from solera_merge.moe.inputs import Inputs, open_inputs
 from solera_merge.moe.trunk_config import TrunkMerge, candidates
+from solera_merge.moe.vocabulary import compare_tokenizers
 
 if TYPE_CHECKING:
     from solera_core.plan import Plan
@@ -66,13 +67,16 @@ def plan_trunk(config: MoeConfig, inputs: Inputs, ctx: Context) -> PlannedTrunk:
 
     plans: dict[str, Plan] = {}
     warnings: dict[str, None] = {}
-    others: dict[Path, Checkpoint] = {}
-    known = {model.stored.path for model in (inputs.base, *inputs.experts)}
+    others: dict[str, Checkpoint] = {}
+    known = {model.stored.ref for model in (inputs.base, *inputs.experts)}
     expected = {name: info.shape for name, info in inputs.base.stored.tensors.items()}
     for name, recipe in _candidates(config).items():
         if recipe is None:
             continue
-        plan, models = make_plan(recipe, ctx)
+        try:
+            plan, models = make_plan(recipe, ctx)
+        except (ConfigError, CheckpointError) as e:
+            raise type(e)("\n".join(f"trunk: {line}" for line in str(e).splitlines())) from e
         found = {tensor.name: tensor.shape for tensor in plan.tensors}
         for tensor in sorted(expected.keys() | found.keys()):
             if expected.get(tensor) != found.get(tensor):
@@ -82,7 +86,7 @@ def plan_trunk(config: MoeConfig, inputs: Inputs, ctx: Context) -> PlannedTrunk:
                 )
         plans[name] = describe(plan, recipe, models, ctx)
         warnings |= dict.fromkeys(f"trunk: {warning}" for warning in plans[name].warnings)
-        others |= {model.path: model for model in models.inputs if model.path not in known}
+        others |= {model.ref: model for model in models.inputs if model.ref not in known}  # (adapters share a path)
     sizes = [plan.disk_bytes for plan in plans.values()]
     judged = 4 * sum(info.size for info in inputs.base.stored.tensors.values()) if config.trunk == "auto" else 0
     return PlannedTrunk(
@@ -194,6 +198,14 @@ def _one(name: str, recipe: MergeConfig | None, inputs: Inputs, place: Path, ctx
                 f"trunk: the merge has {field}: {trunk.fields[field]!r}, but {inputs.base.stored.ref} has {value!r}; "
                 "give it `base_model: base`, whose config it then gets"
             )
+    # The MoE has the base's tokenizer: a merge that brought the rows of its embedding into another order is no trunk.
+    try:
+        compare_tokenizers(inputs.base.checkpoint, trunk.checkpoint, "trunk")
+    except CheckpointError as e:
+        raise CheckpointError(
+            f"trunk: the MoE gets the tokenizer of {inputs.base.stored.ref}, and the merge has another one; "
+            f"leave its `tokenizer` out, or give it `base_model: base`: {e}"
+        ) from e
     return trunk
 
 

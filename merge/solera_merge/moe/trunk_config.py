@@ -52,7 +52,7 @@ def named_models(trunk: Any, base_model: Any, experts: Any) -> Any:
     recipe: dict[str, Any] = named(trunk["merge"])
     if not any(key in recipe for key in ("models", "slices", "modules", "towers")):
         recipe["models"] = [{"model": model} for name, model in models.items() if name != "base"]
-    method = METHODS.get(recipe.get("merge_method", ""))
+    method = METHODS.get(str(recipe.get("merge_method")))
     if method is not None and method.base == "required":
         recipe.setdefault("base_model", base_model)
     return {**trunk, "merge": recipe}

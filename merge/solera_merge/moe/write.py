@@ -17,6 +17,7 @@ from solera_core.errors import CheckpointError
 from solera_core.output import write_metadata
 from solera_core.progress import Progress, Silent
 from solera_core.writer import CheckpointWriter, TensorSpec
+from solera_merge.moe.altered import altered
 from solera_merge.moe.canonical import is_folded, stored_shapes
 from solera_merge.moe.dense import FFN, Dense, dense_shapes, is_ffn
 from solera_merge.moe.targets.choice import target_of
@@ -32,6 +33,7 @@ __all__ = [
     "write_dense",
     "write_moe",
     "write_part",
+    "write_whole",
 ]
 
 Routers = Sequence[np.ndarray]
@@ -84,9 +86,12 @@ class _Copy:
     values: np.ndarray | None = None
 
 
-def moe_specs(target: Target, trunk: Dense, *, experts: int, width: int, dtype: str | None) -> list[TensorSpec]:
+def moe_specs(
+    target: Target, trunk: Dense, *, experts: int, width: int, dtype: str | None, shared: int = 0
+) -> list[TensorSpec]:
     """Every tensor of the MoE with its dtype: `dtype`, or that of the trunk's counterpart (a router: of its layer)."""
-    first = {piece.name: piece for piece in reversed(target.pieces(trunk.fields, experts=experts, width=width))}
+    pieces = target.pieces(trunk.fields, experts=experts, width=width, shared=shared)
+    first = {piece.name: piece for piece in reversed(pieces)}
     return [
         TensorSpec(piece.name, _dtype_of(trunk, _counterpart(piece), dtype), piece.shape)
         for piece in reversed(first.values())
@@ -114,7 +119,8 @@ def write_moe(
         directory: to write into; it exists.
         target: the format.
         trunk: gives everything that is not an expert or a router.
-        experts: their feed-forward networks, padded with zeros to `width`.
+        experts: their feed-forward networks, padded with zeros to `width`. Where their neurons are split, the first
+            one gives the shared expert (it is the same in all).
         routers: (E, D), one for every layer written.
         top_k: experts a token.
         width: of every expert.
@@ -128,7 +134,10 @@ def write_moe(
         CheckpointError: a value is NaN, infinite or too large for the dtype.
     """
     fields = part.fields(trunk.fields) if part else trunk.fields
-    pieces = target.pieces(fields, experts=len(experts), width=width)
+    shared = experts[0].split[1] if experts[0].split else None
+    sizes = Sizes(len(experts), top_k, width, shared.width if shared else 0)
+    pieces = target.pieces(fields, experts=sizes.experts, width=width, shared=sizes.shared)
+    always = _divided(target, shared) if shared else None
     if unused := set(dense_shapes(fields)) - {piece.source for piece in pieces}:
         raise CheckpointError(f"{trunk.name}: {trunk.checkpoint.ref}: {min(unused)} has no home in {target.title}")
     copies: list[_Copy] = []
@@ -140,10 +149,13 @@ def write_moe(
             values = zeros if piece.zero else np.asarray(routers[int(piece.name.split(".")[2])], dtype=np.float32)
             copies.append(_Copy(spec, None, piece.name, piece.block, values=values))
         else:
-            giver = trunk if piece.expert is None else experts[piece.expert]
-            copies.append(_Copy(spec, giver.checkpoint, _source(part, piece.source), piece.block, piece.at))
+            giver = trunk.checkpoint if piece.expert is None else experts[piece.expert].routed.checkpoint
+            if piece.shared:
+                assert always is not None
+                giver = always
+            copies.append(_Copy(spec, giver, _source(part, piece.source), piece.block, piece.at))
     digests = _write(directory, copies, threads=threads, progress=progress)
-    config = target.config(fields, Sizes(len(experts), top_k, width), dtype=torch_dtype_name(trunk, dtype))
+    config = target.config(fields, sizes, dtype=torch_dtype_name(trunk, dtype))
     write_metadata(directory, config=config, sidecars=trunk.checkpoint.sidecars if sidecars is None else sidecars)
     return digests
 
@@ -221,6 +233,25 @@ def write_part(directory: Path, built: Checkpoint, part: Part) -> None:
     write_metadata(directory, config=config, sidecars=())
 
 
+def write_whole(
+    directory: Path, checkpoint: Checkpoint, *, threads: int | None, progress: Progress | None
+) -> dict[str, str]:
+    """Write a checkpoint, most often a view, as it stands into `directory`; the digest of every tensor.
+
+    What is not derived is copied byte for byte.
+
+    Raises:
+        CheckpointError: a value is NaN, infinite or too large for its dtype.
+    """
+    copies = [
+        _Copy(TensorSpec(name, info.dtype, info.shape), checkpoint, name, info.shape)
+        for name, info in checkpoint.tensors.items()
+    ]
+    digests = _write(directory, copies, threads=threads, progress=progress)
+    write_metadata(directory, config=checkpoint.config, sidecars=checkpoint.sidecars)
+    return digests
+
+
 def replace_routers(checkpoint: Checkpoint, routers: Routers) -> dict[str, str]:
     """Overwrite the routers of a written MoE, in place; their new digests.
 
@@ -250,6 +281,13 @@ def torch_dtype_name(trunk: Dense, dtype: str | None) -> str:
         return dtype
     stored = trunk.checkpoint.tensors["model.embed_tokens.weight"].dtype
     return next(name for name, short in SAFETENSORS_NAME.items() if short == stored)
+
+
+def _divided(target: Target, shared: Dense) -> Checkpoint:
+    """A shared expert as it must be written, where the format scales what it adds."""
+    assert target.shared is not None, f"{target.name} has no shared expert"
+    factor = target.shared.factor
+    return altered(shared.checkpoint, residual_scale=factor, noise_scale=0, seed=0, name="shared")
 
 
 def _counterpart(piece: Piece) -> str:

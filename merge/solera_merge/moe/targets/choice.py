@@ -58,6 +58,7 @@ def choose(
             others = [other.name for other in exact_targets(fields)]
             hint = f"target {' or '.join(others)} has one" if others else WAY_OUT
             raise CheckpointError(f"{where}: {_said(fields, feature)}: no home in {target.title}; {hint}")
+        _sharing([target], sizes, where, asked=asked)
         return target, _doubts(target, engines, fields, sizes)
     candidates = exact_targets(fields)
     if not candidates:
@@ -67,8 +68,20 @@ def choose(
         found = [v.verdict for v in target.verdicts(fields, sizes) if v.engine in engines]
         return found.count("unsupported"), found.count("approximate")
 
-    target = min(candidates, key=cost)  # the first of equals
+    target = min(_sharing(candidates, sizes, where), key=cost)  # the first of equals
     return target, _doubts(target, engines, fields, sizes)
+
+
+def _sharing(targets: Sequence[Target], sizes: Sizes, where: str, *, asked: str | None = None) -> list[Target]:
+    """Those with a shared expert, where one is to be written."""
+    found = [target for target in targets if sizes.shared == 0 or target.shared is not None]
+    if not found:
+        with_one = " and ".join(target.name for target in TARGETS.values() if target.shared is not None)
+        said = f"target {asked} has no shared expert" if asked else "no format that holds it has a shared expert"
+        raise CheckpointError(
+            f"{where}: shared: {said}; {with_one} have one" + ("" if asked else "; remove `shared`, or use `slim`")
+        )
+    return found
 
 
 def _doubts(target: Target, engines: Sequence[Engine], fields: Mapping[str, Any], sizes: Sizes) -> list[str]:

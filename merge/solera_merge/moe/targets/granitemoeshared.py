@@ -1,7 +1,6 @@
 """Target granitemoeshared: what granitemoe holds, with a shared expert beside the routed ones.
 
-Built from specialists alone the shared expert is 32 wide and all zeros, so it adds nothing; the format is for blends
-whose experts share neurons.
+Its output is added as it is. Without `shared` in the recipe it is 32 wide and all zeros, so it adds nothing.
 """
 
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from solera_merge.moe.targets.granitemoe import (
     granite_settings,
     granite_zeros,
 )
-from solera_merge.moe.targets.target import Sizes, Target
+from solera_merge.moe.targets.target import SharedHome, Sizes, Slot, Target
 
 __all__ = ["TARGET"]
 
@@ -23,7 +22,7 @@ _SHARED_WIDTH: Final = 32
 
 
 def _settings(fields: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-    return granite_settings(fields, sizes) | {"shared_intermediate_size": _SHARED_WIDTH}
+    return granite_settings(fields, sizes) | {"shared_intermediate_size": sizes.shared or _SHARED_WIDTH}
 
 
 def _zeros(fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -44,4 +43,12 @@ TARGET: Final = Target(
     settings=_settings,
     engines=granite_engines,
     zeros=_zeros,
+    shared=SharedHome(
+        (
+            Slot("shared_mlp.input_linear.weight", half=0),
+            Slot("shared_mlp.input_linear.weight", half=1),
+            Slot("shared_mlp.output_linear.weight"),
+        ),
+        factor=1.0,
+    ),
 )

@@ -1,6 +1,8 @@
 """Target qwen2_moe: Qwen2 specialists as a Qwen2MoeForCausalLM.
 
-The format always has a shared expert that works on every token; here it is 32 wide and all zeros, so it adds nothing.
+The format always has a shared expert that works on every token, under a sigmoid of its own gate. The gate is zero here,
+so the factor is one half for every token, and its output matrix is written twice as large. Without `shared` in the
+recipe it is 32 wide and all zeros, so it adds nothing.
 Its biases of q, k, v are always written, zeros for models without: vLLM takes them for granted. Windows of some layers
 only are kept. llama.cpp never renormalises the top-k weights here, so with it fewer than all experts a token give a
 feed-forward network that is too small by the mass of the others.
@@ -10,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from solera_merge.moe.targets.engines import Doubts, only_silu, own_head_size
-from solera_merge.moe.targets.target import SLOTS, Sizes, Target
+from solera_merge.moe.targets.target import SLOTS, SharedHome, Sizes, Slot, Target
 
 __all__ = ["TARGET"]
 
@@ -24,7 +26,7 @@ def _settings(fields: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     return {
         "intermediate_size": sizes.width,
         "moe_intermediate_size": sizes.width,
-        "shared_expert_intermediate_size": _SHARED_WIDTH,
+        "shared_expert_intermediate_size": sizes.shared or _SHARED_WIDTH,
         "num_experts": sizes.experts,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
@@ -76,4 +78,12 @@ TARGET: Final = Target(
     settings=_settings,
     engines=_engines,
     zeros=_zeros,
+    shared=SharedHome(
+        (
+            Slot("mlp.shared_expert.gate_proj.weight"),
+            Slot("mlp.shared_expert.up_proj.weight"),
+            Slot("mlp.shared_expert.down_proj.weight"),
+        ),
+        factor=2.0,
+    ),
 )

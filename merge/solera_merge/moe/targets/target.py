@@ -13,7 +13,7 @@ from solera_core.errors import CheckpointError
 from solera_merge.moe.dense import FFN, dense_shapes
 from solera_merge.moe.families import PLAIN
 
-__all__ = ["ENGINES", "ROUTER_INPUT", "SLOTS", "Engine", "Piece", "Sizes", "Slot", "Target", "Verdict"]
+__all__ = ["ENGINES", "ROUTER_INPUT", "SLOTS", "Engine", "Piece", "SharedHome", "Sizes", "Slot", "Target", "Verdict"]
 
 Engine = Literal["transformers", "vllm", "llama.cpp"]
 ENGINES: Final[tuple[Engine, ...]] = ("transformers", "vllm", "llama.cpp")
@@ -51,10 +51,11 @@ class Piece:
         name: of the tensor, in the MoE.
         shape: of the whole tensor.
         source: name in the dense model; None: a router, which no model has, or zeros.
-        expert: index of the expert that gives it; None: the trunk.
+        expert: index of the expert that gives it; None: the trunk, or the shared expert.
         block: shape of the block; an expert's may be wider than its source, and is padded with zeros.
         at: where the block begins in the tensor, in elements.
         zero: zeros, for what the target has and the models have not.
+        shared: the shared expert gives it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Piece:
     block: tuple[int, ...]
     at: int = 0
     zero: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,25 @@ SLOTS: Final = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """Number of experts, experts a token, and the width of each."""
+    """Number of experts, experts a token, the width of each, and that of the shared expert (0: there is none)."""
 
     experts: int
     top_k: int
     width: int
+    shared: int = 0
+
+
+@dataclass(frozen=True)
+class SharedHome:
+    """Where a target has an expert that works on every token, and what it makes of it.
+
+    Attributes:
+        slots: where its three matrices go, in the order of `FFN`.
+        factor: its output is divided by this in the format, so what is written of `down_proj` is multiplied by it.
+    """
+
+    slots: tuple[Slot, Slot, Slot]
+    factor: float
 
 
 @dataclass(frozen=True)
@@ -124,6 +140,7 @@ class Target:
         settings: what its config.json says beyond what all say.
         engines: engines that do not compute what transformers does, and why.
         zeros: tensors of a layer that it has and the models have not: behind `model.layers.N.`, with their shapes.
+        shared: its shared expert, zeros (in `zeros`) where there is none to write; None: it has none.
     """
 
     name: str
@@ -135,6 +152,7 @@ class Target:
     settings: Config
     engines: Engines
     zeros: Callable[[Mapping[str, Any]], Mapping[str, tuple[int, ...]]] = lambda _: {}
+    shared: SharedHome | None = None
 
     @property
     def title(self) -> str:
@@ -178,8 +196,11 @@ class Target:
             **self.settings(fields, sizes),
         }
 
-    def pieces(self, fields: Mapping[str, Any], *, experts: int, width: int) -> list[Piece]:
-        """The name map: every block of every tensor of the MoE, in the order of the network, with its source."""
+    def pieces(self, fields: Mapping[str, Any], *, experts: int, width: int, shared: int = 0) -> list[Piece]:
+        """The name map: every block of every tensor of the MoE, in the order of the network, with its source.
+
+        `width` is that of every expert, `shared` that of the shared expert (0: there is none).
+        """
         slots: dict[str, Slot] = dict(zip(FFN, self.slots, strict=True))
         tensors: dict[str, list[Piece]] = {}
         for name, shape in dense_shapes({**fields, "intermediate_size": width}).items():
@@ -193,9 +214,27 @@ class Target:
                 router = self.router.format(layer=prefix.rpartition(".")[2])
                 shape = (experts, fields["hidden_size"])
                 tensors[router] = [Piece(router, shape, None, None, shape)]
+                always = self._shared_pieces(prefix, fields["hidden_size"], shared)
+                tensors |= always
                 for extra, zero in self.zeros(fields).items():
+                    if f"{prefix}.{extra}" in always:
+                        continue
                     tensors[f"{prefix}.{extra}"] = [Piece(f"{prefix}.{extra}", zero, None, None, zero, zero=True)]
         return [piece for blocks in tensors.values() for piece in sorted(blocks, key=lambda piece: piece.at)]
+
+    def _shared_pieces(self, prefix: str, hidden: int, width: int) -> dict[str, list[Piece]]:
+        found: dict[str, list[Piece]] = {}
+        if width == 0:
+            return found
+        assert self.shared is not None, f"{self.name} has no shared expert"
+        shapes = ((width, hidden), (width, hidden), (hidden, width))
+        for source, slot, (rows, columns) in zip(FFN, self.shared.slots, shapes, strict=True):
+            name, half = f"{prefix}.{slot.name}", slot.half or 0
+            whole = (rows if slot.half is None else 2 * rows, columns)
+            block = (rows, columns)
+            piece = Piece(name, whole, f"{prefix}.{source}", None, block, at=half * rows * columns, shared=True)
+            found.setdefault(name, []).append(piece)
+        return found
 
     def router_module(self, model: Any, layer: int) -> Any:
         """The router of a loaded model: forward(states (N, D)) -> (logits, weights (N, k), indices (N, k))."""
