@@ -90,7 +90,10 @@ def worth(mixture: Mixture) -> str:
     checks = mixture.checks
     if "worth" in checks:
         sentence = str(checks["worth"])
-        return f"{sentence[:1].upper()}{sentence[1:]}."
+        return (
+            f"{sentence[:1].upper()}{sentence[1:]}. These figures are of one seed, without intervals, over all of the "
+            "held-out text, each document by itself: compare them with each other, not with the rest."
+        )
     return (
         "No dense control was taught beside it (heal), so nothing here says whether a model of the base's size "
         "could not do the same."

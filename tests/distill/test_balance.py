@@ -130,7 +130,8 @@ def test_the_gradient_is_that_of_both_losses(mixtral: Path, prompts: bool) -> No
         ce = torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.targets), reduction="sum")
         mask = torch.zeros(batch.inputs.size).index_fill_(0, positions, 1.0)
         even = torch.stack([theirs(layer, mask) for layer in out.router_logits]).mean()
-        ((ce + 0.3 * len(positions) * even) / learned).backward()
+        loss: Any = (ce + 0.3 * len(positions) * even) / learned
+        loss.backward()
 
     ours: Any = load_model(mixtral)
     student = StudentWithObjective(

@@ -133,7 +133,7 @@ def test_patience_ends_after_so_many_looks_in_vain(siblings: dict[str, Path]) ->
 
 def test_the_mean_over_domains_decides() -> None:
     """Not the mean over tokens, in which a large domain would hide a small one."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"step": 0, "heldout": {"nll": 2.0, "tokens": 10, "domains": {"large": 2.0, "small": 2.0}}},
         {"step": 1, "heldout": {"nll": 1.9, "tokens": 10, "domains": {"large": 1.8, "small": 2.8}}},
         {"step": 1, "loss": 0.1},

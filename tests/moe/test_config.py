@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from solera_core.errors import ConfigError
-from solera_core.strict import parse
+from solera_core.strict import Strict, parse
 from solera_merge.moe.config import Healing, MoeConfig, RouterConfig, RouterTraining
 
 EXPERTS = [{"name": "math", "model": "m"}, {"name": "code", "model": "c"}]
@@ -86,7 +86,7 @@ def test_the_documented_recipe_is_valid() -> None:
         parse(MoeConfig, yaml.safe_load(snippet), where="docs/moe.md")
 
 
-_PARTS = {"": MoeConfig, "router": RouterConfig, "train": RouterTraining, "heal": Healing}
+_PARTS: dict[str, type[Strict]] = {"": MoeConfig, "router": RouterConfig, "train": RouterTraining, "heal": Healing}
 
 
 def test_every_setting_is_documented() -> None:

@@ -17,8 +17,9 @@ from solera_core.context import Context
 from solera_core.errors import CheckpointError, ConfigError, DataError, TargetError
 from solera_core.output import verify
 from solera_core.progress import Silent
-from solera_core.strict import parse
+from solera_core.strict import Strict, parse
 from solera_merge.moe.calibration import Sequences
+from solera_merge.moe.config import MoeConfig
 from solera_merge.moe.routing import mean_nll
 from solera_merge.moe.size.config import ExtractExpertsConfig, MergeExpertsConfig, PruneConfig, TextConfig
 from solera_merge.moe.size.existing import read_existing
@@ -608,8 +609,11 @@ DOCS = (Path(__file__).resolve().parents[2] / "docs" / "moe-size.md").read_text(
 
 def test_the_snippets_are_valid_and_the_tables_are_whole() -> None:
     snippets = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", DOCS, re.DOTALL)]
-    configs = [MergeExpertsConfig if "keep" in text else ExtractExpertsConfig for text in snippets]
-    assert set(configs) == {MergeExpertsConfig, ExtractExpertsConfig}
+    configs: list[type[Strict]] = [
+        MoeConfig if "experts" in text else MergeExpertsConfig if "keep" in text else ExtractExpertsConfig
+        for text in snippets
+    ]
+    assert set(configs) == {MoeConfig, MergeExpertsConfig, ExtractExpertsConfig}
     for text, config in zip(snippets, configs, strict=True):
         parse(config, text, where="docs/moe-size.md")
     rows = [re.findall(r"\w+", row) for row in re.findall(r"^\| ((?:`\w+`(?:, )?)+)", DOCS, re.MULTILINE)]

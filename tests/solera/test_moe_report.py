@@ -216,7 +216,8 @@ def test_training_and_the_control_are_shown(checks: dict[str, Any], tmp_path: Pa
     ]
     _, page = page_of(RunSummary(title="t", mixtures=[mixture]), tmp_path / "page.html")
     assert "As it was built, before any training, the mixture stands at" in page.text
-    assert "The MoE is not worth its bytes: take the control." in page.text
+    assert "The MoE is not worth its bytes: take the control. These figures are of one seed" in page.text
+    assert "not to be compared with the tables below" in page.text
     assert {"this MoE, as built", "healed", "dense control, taught"} <= {
         row["nats a token"] for row in summary_rows(mixture)
     }

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,8 +194,8 @@ def _plan(config: MoeConfig, inputs: Inputs, text: _Text, merged: PlannedTrunk, 
             _read_of(trunk, ffn=False),
             *([_read_of(inputs.base, ffn=False)] if trunk is not inputs.base else []),
             *(_read_of(expert, ffn=True) for expert in inputs.experts),
-            *(_merged_of(model) for model in merged.models),
             *([_read_of(inputs.shared_model, ffn=True)] if inputs.shared_model else []),
+            *(_merged_of(model) for model in merged.models),
             *(_text_of(domain, config.router.data[domain.name]) for domain in text.domains),
             *([_text_of(text.unlabelled, config.router.unlabelled)] if text.unlabelled else []),
         ],
@@ -352,6 +352,7 @@ def _build(
     (staging / ".trunks").mkdir()
     inputs, trunk = make_trunk(config, inputs, held_out, staging / ".trunks", ctx)
     (staging / ".sizes").mkdir()
+    specialists = inputs.experts
     inputs, sizes = resize(config, inputs, calibration, staging / ".sizes", ctx)
     asked = config.router.temperature
     drawn = random_routers(config, inputs, seed=ctx.seed)
@@ -381,7 +382,7 @@ def _build(
     weights = trunk_digest(digests, inputs.target, open_checkpoint(staging, Context()))
     routers, facts = _routers(config, inputs, calibration, staging, ctx, drawn=drawn, weights=weights)
     digests |= routers
-    report = _report(inputs, text, calibration, staging, ctx)
+    report = _report(replace(inputs, experts=specialists), text, calibration, staging, ctx)
     shutil.rmtree(staging / ".trunks")
     shutil.rmtree(staging / ".sizes")
     said = {
