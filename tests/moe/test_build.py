@@ -357,7 +357,7 @@ def test_warnings_name_what_a_careful_person_wants_to_know(
     config["rope_parameters"]["rope_theta"] = 1e6
     (far / "config.json").write_text(json.dumps(config))
     warnings = plan_moe(moe_config(base, {"same": base, "far": far}), Context()).warnings
-    assert any("expert 'same' is the trunk itself" in warning for warning in warnings)
+    assert any("expert 'same' is the base itself" in warning for warning in warnings)
     assert any("expert 'far': its rope_parameters is" in warning for warning in warnings)
 
 

@@ -284,3 +284,12 @@ def test_a_nan_in_a_model_of_the_merge_is_named(
     with pytest.raises(CheckpointError, match=rf"{Q}.* holds nan at \(0, 0\)"):
         build(tmp_path / "moe", siblings["base"], experts, trunk="average")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_copy_of_the_base_is_named_under_any_trunk(
+    build: Callable[..., Path], siblings: dict[str, Path], tuned: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(siblings["base"], tmp_path / "copy")
+    experts = {"letters": tuned["letters"], "copy": tmp_path / "copy"}
+    out = build(tmp_path / "moe", siblings["base"], experts, trunk="average")
+    assert any("expert 'copy' holds the weights of the base" in warning for warning in checks(out)["warnings"])

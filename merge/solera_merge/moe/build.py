@@ -82,7 +82,7 @@ def build_moe(config: MoeConfig, out: Path, ctx: Context) -> Path:
     require_disk(out, plan.disk_bytes)
     ctx.progress.note("reading the inputs for their digests")
     records = _records(config, inputs, merged, ctx)
-    _check_contents(inputs, records)
+    warnings += _check_contents(inputs, records)
     with torch_threads(ctx.threads), staged(out, overwrite=ctx.overwrite) as staging:
         checks, digests = _build(config, inputs, text, warnings, staging, ctx)
         write_provenance(
@@ -318,8 +318,8 @@ def _records(config: MoeConfig, inputs: Inputs, merged: PlannedTrunk, ctx: Conte
     return records + [data_record(what, source, ctx.base_dir) for what, source in _sources(config.router)]
 
 
-def _check_contents(inputs: Inputs, records: Sequence[InputRecord]) -> None:
-    """Experts that are one model under two paths are an error."""
+def _check_contents(inputs: Inputs, records: Sequence[InputRecord]) -> list[str]:
+    """Experts that are one model under two paths are an error, a copy of the base is worth a warning."""
     seen: dict[str, str] = {}
     names = inputs.names[len(inputs.old.names) if inputs.old else 0 :]
     for name, record in zip(names, records[1 : 1 + len(names)], strict=True):
@@ -329,6 +329,8 @@ def _check_contents(inputs: Inputs, records: Sequence[InputRecord]) -> None:
                 "two equal experts only waste memory"
             )
         seen[record.digest] = name
+    copy = seen.get(records[0].digest) if inputs.old is None else None
+    return [f"expert {copy!r} holds the weights of the base: its feed-forward networks are untuned"] if copy else []
 
 
 def _build(

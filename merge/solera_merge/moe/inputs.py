@@ -211,7 +211,7 @@ def _check_distinct(config: MoeConfig, trunk: Dense, experts: list[Dense], ctx: 
             )
         seen[where] = expert.name
     same = seen.get(place(config.base_model, trunk)) if config.base_model is not None else None
-    return [f"expert {same!r} is the trunk itself: its feed-forward networks are the untuned ones"] if same else []
+    return [f"expert {same!r} is the base itself: its feed-forward networks are the untuned ones"] if same else []
 
 
 def _check_fits(trunk: Dense, expert: Dense) -> None:
