@@ -24,7 +24,7 @@ from solera_core.strict import parse
 from solera_merge.moe.config import MoeConfig
 
 TRAIN = {"tokens": 3000, "lr": 0.01, "tokens_per_step": 500}
-HEAL = {"tokens": 4000, "lr": 0.002, "tokens_per_step": 500}
+HEAL = {"parts": "router+trunk", "tokens": 4000, "lr": 0.002, "tokens_per_step": 500}
 
 
 @pytest.fixture(scope="module")

@@ -199,7 +199,7 @@ class Healing(Strict):
     """
 
     tokens: TokenCount
-    parts: Literal["router+trunk", "all"] = "router+trunk"
+    parts: Literal["router+trunk", "all"] = "all"
     lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     tokens_per_step: TokenCount = 4096
     micro_batch_tokens: TokenCount = 4096
