@@ -60,9 +60,8 @@ def main() -> None:
             out = run_stage("moe", parse_settings("moe", raw, where=setting), Path(scratch) / str(number), Context())
             rows = json.loads((out / "solera.json").read_text(encoding="utf-8"))["checks"]["sizes"]["rows"]
             for row in rows:
-                label = {"built": setting, "slim, not refitted": f"{setting}, not refitted"}.get(
-                    row["setting"], row["setting"]
-                )
+                said = str(row["setting"])
+                label = {"built": setting, "slim, not refitted": f"{setting}, not refitted"}.get(said, said)
                 if row["setting"] == "shared" or label in seen:
                     continue
                 seen.add(label)
