@@ -19,7 +19,7 @@ from solera_merge.config import MergeConfig, OutputModule
 from solera_merge.problems import Problems, some
 from solera_merge.vocabulary import conflicting_ids
 
-__all__ = ["Models", "compare", "family_of", "open_models"]
+__all__ = ["Models", "compare", "family_of", "open_models", "with_tokenizer"]
 
 # Keys that change what a weight means although its shape stays the same: numbers and sizes of heads, activations.
 _STRUCTURAL = re.compile(r".*head.*|d_kv|(.*_)?(act|activation)(_fn|_function)?")
@@ -112,18 +112,22 @@ def open_models(config: MergeConfig, ctx: Context, problems: Problems) -> Models
     if raw:
         towers, opened = tuple(towers_of(checkpoint.tensors) for checkpoint in checkpoints), tuple(checkpoints)
         return Models(opened, index, owner, towers, (None,) * len(opened), opened, raw=True)
-    named = _named_alike(config, checkpoints, index, owner, problems)
-    wanted = config.wanted_tokenizer
-    if wanted is None or wanted.source in ("base", "union", *references):
-        return named
+    return _named_alike(config, checkpoints, index, owner, problems)
+
+
+def with_tokenizer(models: Models, config: MergeConfig, ctx: Context, problems: Problems) -> Models:
+    """The models, and beside them the one whose tokenizer the recipe asks for, where that is none of them."""
+    wanted, references = config.wanted_tokenizer, _references(config)
+    if models.raw or wanted is None or wanted.source in ("base", "union", *references):
+        return models
     where = "tokenizer_source" if config.tokenizer is None else "tokenizer.source"
     try:
         tokenizer = open_tokenizer(wanted.source, ctx)
     except InputError as e:
         hint = did_you_mean(wanted.source, ["union", "base", *references])
         problems.config(f"{where}: {wanted.source!r} is none of the models of this merge{hint}, and {e}")
-        return named
-    return replace(named, tokenizer=tokenizer)
+        return models
+    return replace(models, tokenizer=tokenizer)
 
 
 def compare(models: Models, *, whole: bool, tokenizers: bool) -> list[str]:

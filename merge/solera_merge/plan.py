@@ -30,7 +30,7 @@ from solera_merge.config_json import output_config
 from solera_merge.masks import key
 from solera_merge.memory import default_memory_bytes
 from solera_merge.methods.catalogue import METHODS
-from solera_merge.models import Models, compare, family_of, open_models
+from solera_merge.models import Models, compare, family_of, open_models, with_tokenizer
 from solera_merge.problems import Problems
 from solera_merge.resolve import check_filters, long_gradients, resolve
 from solera_merge.runs import parts_of
@@ -173,6 +173,7 @@ def make_plan(config: MergeConfig, ctx: Context) -> tuple[MergePlan, Models]:
     whole, all_here = all(part.models is not None for part in config.parts.values()), not problems.found
     with problems.collected():
         warnings += compare(models, whole=whole, tokenizers=config.wanted_tokenizer is None)
+    models = with_tokenizer(models, config, ctx, problems)
     plain = config.models is not None  # else names of tensors in the output are not those in the models
     names = {name for c in models.checkpoints for name in c.tensors} if plain else set[str]()
     wholes = [c for c, fills in zip(models.checkpoints, models.fills, strict=True) if fills is None]

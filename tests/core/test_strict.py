@@ -207,25 +207,25 @@ def test_what_is_wrong_in_one_place_does_not_hide_what_is_wrong_elsewhere() -> N
     def problems(**content: object) -> list[str]:
         with pytest.raises(ConfigError) as caught:
             parse(MergeConfig, {"merge_method": "ties", **content}, where="r")
-        return [line.removeprefix("r: ")[:45] for line in str(caught.value).splitlines()]
+        return [line.removeprefix("r: ")[:33] for line in str(caught.value).splitlines()]
 
     assert problems(models=[], parameters={"densty": 1, "weight": "x"}) == [
-        "models: list should have at least 1 item afte",
-        "parameters.densty: ties has no such parameter",
-        "parameters.weight: `weight`: input should be ",
+        "models: list should have at least",
+        "parameters.densty: ties has no su",
+        "parameters.weight: `weight`: inpu",
     ]
     models = [{"model": "a", "parameters": {"densty": 1}}, {"modl": "b", "parameters": {"gama": 1}}]
     assert problems(models=models, dtype="float8", tokenizer_source="base") == [
-        "models.1.modl: unknown key (did you mean 'mod",
+        "models.1.modl: unknown key (did y",
         "models.1.model: field required",
-        "dtype: input should be 'float32', 'float16' o",
-        "tokenizer_source: `base` needs a base_model",
-        "models.0.parameters.densty: ties has no such ",
-        "models.1.parameters.gama: ties has no such pa",
+        "dtype: input should be 'float32',",
+        "tokenizer_source: `base` needs a ",
+        "models.0.parameters.densty: ties ",
+        "models.1.parameters.gama: ties ha",
     ]
     slices = [{"sources": []}, {"sources": [{"model": "a", "layer_range": [3, 1], "parameters": {"zz": 1}}]}]
     assert problems(slices=slices, parameters={"normalise": True}) == [
-        "slices.0.sources: list should have at least 1",
-        "slices.1.sources.0.layer_range: layer_range [",
-        "parameters.normalise: ties has no such parame",
+        "slices.0.sources: list should hav",
+        "slices.1.sources.0.layer_range: l",
+        "parameters.normalise: ties has no",
     ]

@@ -412,7 +412,7 @@ def test_every_problem_of_every_phase_is_said_at_once(refused: Refused, damaged:
         CheckpointError,
         **LINEAR | {"parameters": {"weight": [{"filter": "self_atn", "value": 1}, {"filter": "mlp", "value": 1}]}},
         models=["b", "damaged"],
-        tokenizer_source="c",
+        tokenizer_source="d",
     )
     for words in (
         "`num_attention_heads` is 4 and 2",
@@ -421,7 +421,7 @@ def test_every_problem_of_every_phase_is_said_at_once(refused: Refused, damaged:
         "has no tensor 'model.norm.weight', which",
         "filter 'self_atn' matches no tensor",
         "linear needs `weight` for 'b' (for ",
-        "tokenizer_source: 'c' is none of the models",
+        "tokenizer_source: 'd' is none of the models",
     ):
         assert words in message
     assert len(message.splitlines()) == 7  # `weight` is missing for both models
