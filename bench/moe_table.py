@@ -29,9 +29,8 @@ def report(root: Path, tuned: Sequence[str]) -> None:
     """Print what `root` holds: one table and its verdicts for each way of tuning."""
     for way in tuned:
         files = sorted(root.glob(f"{way}-*/rows.json"))
-        found: dict[str, Rows] = {
-            file.parent.name.removeprefix(f"{way}-"): json.loads(file.read_text()) for file in files
-        }
+        rows = {file.parent.name.removeprefix(f"{way}-"): json.loads(file.read_text()) for file in files}
+        found: dict[str, Rows] = {seed: some for seed, some in rows.items() if "specialists" in some}  # else just begun
         if found:
             _one(way, found)
             _separability([file.parent for file in files])
