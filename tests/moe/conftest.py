@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from solera_core.context import Context
 from solera_core.strict import parse
@@ -126,3 +128,24 @@ def specialists(
         for path in siblings["base"].glob("tokenizer*"):
             shutil.copy(path, made[name] / path.name)
     return made
+
+
+@pytest.fixture(scope="session")
+def with_own_attention(
+    tmp_path_factory: pytest.TempPathFactory, specialists: dict[str, Path]
+) -> Callable[[float], dict[str, Path]]:
+    """`with_own_attention(noise)`: the specialists with attention of their own, so far off the base's."""
+
+    def make(noise: float) -> dict[str, Path]:
+        root = tmp_path_factory.mktemp("tuned")
+        for seed, (name, path) in enumerate(specialists.items()):
+            shutil.copytree(path, root / name)
+            tensors = load_file(path / "model.safetensors")
+            draw = np.random.default_rng(seed)
+            for key, value in tensors.items():
+                if "self_attn" in key:
+                    tensors[key] = value + noise * draw.standard_normal(value.shape).astype(value.dtype)
+            save_file(tensors, root / name / "model.safetensors", metadata={"format": "pt"})
+        return {name: root / name for name in specialists}
+
+    return make

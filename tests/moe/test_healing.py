@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from solera.rebuild import rebuild
 from solera.stages import plan_stage, run_stage
@@ -28,18 +28,8 @@ HEAL = {"parts": "router+trunk", "tokens": 4000, "lr": 0.002, "tokens_per_step":
 
 
 @pytest.fixture(scope="module")
-def tuned(specialists: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The specialists with attention of their own."""
-    root = tmp_path_factory.mktemp("tuned")
-    for seed, (name, path) in enumerate(specialists.items()):
-        shutil.copytree(path, root / name)
-        tensors = load_file(path / "model.safetensors")
-        draw = np.random.default_rng(seed)
-        for key, value in tensors.items():
-            if "self_attn" in key:
-                tensors[key] = value + 0.08 * draw.standard_normal(value.shape).astype(value.dtype)
-        save_file(tensors, root / name / "model.safetensors", metadata={"format": "pt"})
-    return {name: root / name for name in specialists}
+def tuned(with_own_attention: Callable[[float], dict[str, Path]]) -> dict[str, Path]:
+    return with_own_attention(0.08)
 
 
 @pytest.fixture(scope="module")

@@ -24,18 +24,8 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 
 
 @pytest.fixture(scope="module")
-def tuned(specialists: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The specialists with attention of their own: each a little off the base's."""
-    root = tmp_path_factory.mktemp("tuned")
-    for seed, (name, path) in enumerate(specialists.items()):
-        shutil.copytree(path, root / name)
-        tensors = load_file(path / "model.safetensors")
-        draw = np.random.default_rng(seed)
-        for key, value in tensors.items():
-            if "self_attn" in key:
-                tensors[key] = value + 0.02 * draw.standard_normal(value.shape).astype(value.dtype)
-        save_file(tensors, root / name / "model.safetensors", metadata={"format": "pt"})
-    return {name: root / name for name in specialists}
+def tuned(with_own_attention: Callable[[float], dict[str, Path]]) -> dict[str, Path]:
+    return with_own_attention(0.02)
 
 
 def checks(out: Path) -> dict[str, Any]:
